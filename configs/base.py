@@ -1,0 +1,82 @@
+"""Every field with its default. The other configs are differences from this one; --config.a.b=value overrides either.
+
+Fields that hold a call, such as 'shift(uniform(), 2.0)', may call the functions of one module of diffusion_jax (named
+beside them) or any function by its dotted name.
+"""
+from ml_collections import ConfigDict
+
+
+def get_config():
+  config = ConfigDict()
+  config.seed = 0  # of the parameters, the data order, the noise
+  config.mesh = 'data=-1'  # devices that share a batch; -1: all
+
+  # The mathematics (diffusion_jax/core)
+  config.schedule = 'cosine()'  # schedules.py: t -> (alpha, sigma)
+  config.target = 'v()'  # targets.py: what the network predicts
+  config.space = 'v()'  # targets.py: the space in which the loss is taken
+  config.times = 'stratified()'  # times.py: the law of the training times
+  config.weight = 'constant()'  # weights.py: w(logsnr), stated for space = 'noise()'
+  config.solver = 'ddim()'  # solvers.py
+  config.grid = 'uniform(64)'  # grids.py: the times that sampling visits
+  config.transform = 'clip(1.0)'  # guidance.py: 'guide(2.0) | clip(1.0)', applied from left to right
+
+  # The network (diffusion_jax/networks)
+  config.network = 'UNet(channels=32, multipliers=(1, 2), blocks=1, attention=(False, False))'
+
+  # The data
+  config.data = ConfigDict()
+  config.data.source = 'digits'  # 'digits' (scikit-learn), 'tfds', 'folder'
+  config.data.name = ''  # tfds: the name of the set, 'cifar10'
+  config.data.path = ''  # folder: the folder; tfds: the folder of prepared sets, '' for TFDS_DATA_DIR
+  config.data.train = 'train'  # tfds: training split, 'train[:90%]'
+  config.data.test = 'test'  # tfds: held-out split
+  config.data.holdout = 100  # folder: images held out after a fixed shuffle
+  config.data.size = (8, 8)  # pixels, height and width, to which images are brought
+  config.data.resize = 'crop'  # 'crop' (the middle, to the aspect) then resize, 'stretch', 'none'
+  config.data.channels = 1  # 1 grey, 3 RGB, 4 RGBA
+  config.data.flip = False  # mirror left to right, every second time
+  config.data.classes = -1  # -1: as many as the data have, 0: unconditional
+  config.data.bad_files = 'stop'  # folder, a file that cannot be read: 'stop', or 'skip' and count it
+
+  # Training
+  config.train = ConfigDict()
+  config.train.steps = 1000
+  config.train.batch = 128  # examples a step, over all devices
+  config.train.drop = 0.1  # probability that an example's condition is dropped
+  config.train.ema = (0.999,)  # decays of the moving averages of the parameters; the first is sampled by default
+  config.train.nonfinite = 'stop'  # a loss or gradient that is not finite: 'stop', or 'skip' the step and count it
+  config.optimizer = ConfigDict()
+  config.optimizer.rate = 1e-3  # of AdamW, after the warm-up
+  config.optimizer.warmup = 100  # steps
+  config.optimizer.decay = 'constant'  # 'constant', or 'cosine' to 0 at train.steps
+  config.optimizer.b1 = 0.9
+  config.optimizer.b2 = 0.999
+  config.optimizer.eps = 1e-8
+  config.optimizer.weight_decay = 0.0
+  config.optimizer.clip = 1.0  # global norm of the gradient; 0: not clipped
+
+  # What is kept and shown
+  config.checkpoint = ConfigDict()
+  config.checkpoint.every = 500  # steps
+  config.checkpoint.keep = 2
+  config.log = ConfigDict()
+  config.log.every = 50  # steps between scalars
+  config.log.samples = 0  # steps between sample sheets, 0: none before the end
+
+  # After training, and --mode=sample
+  config.sample = ConfigDict()
+  config.sample.count = 100
+  config.sample.batch = 100  # samples at once, over all devices
+  config.sample.seed = 0  # sample i is the same for any count and batch
+  config.sample.labels = ()  # classes to sample in turn; (): all
+  config.sample.ema = -1.0  # which of train.ema, 0.0: the parameters themselves, -1.0: the first
+
+  # After training, and --mode=evaluate
+  config.evaluate = ConfigDict()
+  config.evaluate.count = 1000  # samples for each of the transforms; 0: no evaluation
+  config.evaluate.batch = 250
+  config.evaluate.transforms = ('clip(1.0)',)
+  config.evaluate.reference = 5000  # most training images that scores use
+  config.lock()
+  return config

@@ -1,0 +1,2 @@
+"""Diffusion models in JAX and Flax."""
+__version__ = '0.1.0'

@@ -1,0 +1,68 @@
+"""Sampling: walk a solver down a grid. One compiled program, whatever the solver."""
+import jax
+import numpy as np
+from jax import numpy as jnp
+from jaxtyping import Array, Key, PyTree
+
+from diffusion_jax.core.processes import Gaussian
+from diffusion_jax.core.solvers import Solver
+from diffusion_jax.core.types import Cond, Denoiser, fold, split
+
+
+def sample(keys: Key[Array, 'batch'], process: Gaussian, solver: Solver, denoiser: Denoiser, grid: np.ndarray,
+           shape: PyTree, cond: Cond = None, start: PyTree = None) -> PyTree:
+  """Draw one sample a key by walking `solver` from grid[0] to grid[-1].
+
+  `shape` is that of one example (a tuple, or a pytree of jax.ShapeDtypeStruct). `start` is x at grid[0], by default the
+  prior. Where the grid ends at 0 the last move is process.reverse, which returns the mean. Returns x at grid[-1].
+  """
+  walk, x, last = _prepare(keys, process, solver, denoiser, grid, shape, cond, start)
+  (x, _), _ = jax.lax.scan(lambda carry, now: (walk(carry, now), None), (x, solver.init(x)), _pairs(grid))
+  return last(x)[0]
+
+
+def trajectory(keys: Key[Array, 'batch'], process: Gaussian, solver: Solver, denoiser: Denoiser, grid: np.ndarray,
+               shape: PyTree, cond: Cond = None, start: PyTree = None) -> tuple[PyTree, PyTree]:
+  """Like `sample`, but keep the way: (xt at every time of the grid, the estimate of x0 at every time but the last).
+
+  A new first axis runs over the grid. The estimates cost one call of the denoiser a step more than `sample`.
+  """
+  walk, x, last = _prepare(keys, process, solver, denoiser, grid, shape, cond, start)
+  def keep(carry, now):
+    estimate = denoiser(carry[0], process.level(now[1]), cond)
+    return walk(carry, now), (carry[0], estimate.x0)
+  (x, _), (xs, x0s) = jax.lax.scan(keep, (x, solver.init(x)), _pairs(grid))
+  end, *estimate = last(x)
+  append = lambda stack, *more: jax.tree.map(lambda a, *b: jnp.concatenate([a, *(each[None] for each in b)]), stack, *more)
+  return (append(xs, x, end), append(x0s, estimate[0])) if estimate else (append(xs, end), x0s)
+
+
+def _pairs(grid: np.ndarray) -> tuple[Array, Array, Array]:
+  """(number, t, s) of the moves that the solver makes: all, but for the last one where it ends at 0."""
+  moves = len(grid) - 1 - (grid[-1] == 0)
+  times = jnp.asarray(grid, jnp.result_type(float))
+  return jnp.arange(moves), times[:-1][:moves], times[1:][:moves]
+
+
+def _prepare(keys, process, solver, denoiser, grid, shape, cond, start):
+  """The solver's move, x at grid[0], and the last move: x -> (x at grid[-1], estimate of x0 if it took one)."""
+  if len(grid) < 2 or np.any(np.diff(grid) == 0) or np.min(grid) < 0 or np.max(grid) > 1:
+    raise ValueError(f'A grid has two or more times in [0, 1], each unlike the one before; got {np.asarray(grid)}.')
+  prior_keys, step_keys, last_keys = split(keys, 3)
+  if start is None:
+    if isinstance(shape, tuple) and all(isinstance(size, int) for size in shape):
+      shape = jax.ShapeDtypeStruct(shape, jnp.result_type(float))
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((len(keys), *leaf.shape), leaf.dtype), shape)
+    start = process.prior(prior_keys, like, process.level(grid[0]))
+  denoise = lambda x, level: denoiser(x, level, cond)
+  def walk(carry, now):
+    number, t, s = now
+    x, memory = carry
+    return solver.step(process, denoise, fold(step_keys, number), x, process.level(t), process.level(s), memory)
+  def last(x):
+    if grid[-1] != 0:
+      return (x,)
+    t = process.level(grid[-2])
+    estimate = denoise(x, t)
+    return process.reverse(last_keys, estimate, x, t, process.level(0.0)), estimate.x0
+  return walk, start, last

@@ -1,0 +1,99 @@
+"""Solvers: one move from level t to level s < t, with the denoiser handed in.
+
+`init(x)` makes the memory, a fixed pytree; `step(process, denoise, keys, x, t, s, memory)` returns (x, memory). The last
+move, to t = 0, is not a solver's: sampling makes it by process.reverse. Costs are in calls of the denoiser a step.
+"""
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+from jax import numpy as jnp
+from jaxtyping import PyTree
+
+from diffusion_jax.core.processes import Gaussian, posterior_share
+from diffusion_jax.core.targets import noise_of
+from diffusion_jax.core.types import Level, combine, normal
+
+
+class Solver(NamedTuple):
+  """A sampler: see the module's first lines. `order` is its order of convergence, None if it is stochastic."""
+  init: Callable
+  step: Callable
+  order: int | None = None
+  calls: int = 1
+
+
+def ancestral() -> Solver:
+  """Draw from q(xs | xt, x0) at the estimated x0, for any process: DDPM with the small variance (arXiv:2006.11239, alg. 2)."""
+  def step(process, denoise, keys, x, t, s, memory):
+    return process.reverse(keys, denoise(x, t), x, t, s), memory
+  return Solver(no_memory, step)
+
+
+def ddim(eta: float = 0.0) -> Solver:
+  """alpha_s x0 + sqrt(sigma_s^2 - v) noise + sqrt(v) fresh noise, v = eta^2 Var q(xs | xt, x0) (arXiv:2010.02502, eq. 12).
+
+  eta = 0 is deterministic and of order 1, eta = 1 has the law of `ancestral`.
+  """
+  if not 0 <= eta <= 1:
+    raise ValueError(f'ddim needs 0 <= eta <= 1; got {eta}.')
+  def step(process, denoise, keys, x, t, s, memory):
+    x0 = denoise(x, t).x0
+    if eta == 0:
+      return transfer(x, x0, t, s), memory
+    variance = (eta * s.sigma)**2 * posterior_share(t, s)
+    kept = jnp.sqrt(jnp.maximum(s.sigma**2 - variance, 0))
+    return combine((s.alpha, x0), (kept, noise_of(t, x, x0)), (jnp.sqrt(variance), normal(keys, x))), memory
+  return Solver(no_memory, step, order=1 if eta == 0 else None)
+
+
+def euler() -> Solver:
+  """One step of Euler's method for the probability-flow ODE in t (arXiv:2011.13456, eq. 13). Order 1."""
+  def step(process, denoise, keys, x, t, s, memory):
+    return combine((1.0, x), (s.t - t.t, drift(process, denoise, x, t))), memory
+  return Solver(no_memory, step, order=1)
+
+
+def heun() -> Solver:
+  """Heun's method for the probability-flow ODE in t (arXiv:2206.00364, alg. 1 without churn). Order 2."""
+  def step(process, denoise, keys, x, t, s, memory):
+    first = drift(process, denoise, x, t)
+    ahead = combine((1.0, x), (s.t - t.t, first))
+    half = 0.5 * (s.t - t.t)
+    return combine((1.0, x), (half, first), (half, drift(process, denoise, ahead, s))), memory
+  return Solver(no_memory, step, order=2, calls=2)
+
+
+def dpm_2m() -> Solver:
+  """DPM-Solver++(2M): x0 extrapolated over half the step in log(alpha / sigma) (arXiv:2211.01095, alg. 2). Order 2.
+
+  The first step, and one that follows a step from alpha = 0, is of first order.
+  """
+  def init(x):
+    return jax.tree.map(jnp.zeros_like, x), jnp.full((), jnp.inf)
+  def step(process, denoise, keys, x, t, s, memory):
+    before, width_before = memory
+    x0 = denoise(x, t).x0
+    width = 0.5 * (s.logsnr - t.logsnr)
+    ratio = jnp.where(jnp.isinf(width_before), 0.0, 0.5 * width / width_before)
+    ahead = combine((1 + ratio, x0), (-ratio, before))
+    return transfer(x, ahead, t, s), (x0, width)
+  return Solver(init, step, order=2)
+
+
+def no_memory(x: PyTree) -> tuple:
+  """The memory of a solver that needs none."""
+  return ()
+
+
+def transfer(x: PyTree, x0: PyTree, t: Level, s: Level) -> PyTree:
+  """xs that has the same noise as xt if the data are x0: alpha_s x0 + sigma_s (xt - alpha_t x0) / sigma_t."""
+  ratio = s.sigma / t.sigma
+  return combine((ratio, x), (s.alpha - ratio * t.alpha, x0))
+
+
+def drift(process: Gaussian, denoise: Callable, x: PyTree, t: Level) -> PyTree:
+  """dx/dt of the probability-flow ODE, alpha' x0 + sigma' noise, at the estimates (arXiv:2401.08740, eq. 3)."""
+  x0 = denoise(x, t).x0
+  alpha_slope, sigma_slope = process.slopes(t.t)
+  return combine((alpha_slope, x0), (sigma_slope, noise_of(t, x, x0)))

@@ -1,0 +1,82 @@
+"""The words that all of core speaks: levels, estimates, keys, and sums over pytrees."""
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+from jax import numpy as jnp
+from jaxtyping import Array, Float, Int, Key, PyTree
+
+Cond = dict[str, Array] | None
+"""Raw conditions, one row an example ({'label': [B]}), or None. The entry 'drop' [B], bool, marks the examples whose
+conditions the network replaces by its null: that is how training drops and how guidance asks for the unconditional."""
+
+
+class Level(NamedTuple):
+  """A place on the way from data to noise. The axes of its entries are the first axes of x: (), [B], [B, frames]."""
+  t: Float[Array, '...']
+  alpha: Float[Array, '...']
+  sigma: Float[Array, '...']
+
+  @property
+  def logsnr(self) -> Float[Array, '...']:
+    """log(alpha^2 / sigma^2), in nats; +inf where sigma = 0, -inf where alpha = 0."""
+    return 2 * (jnp.log(self.alpha) - jnp.log(self.sigma))
+
+
+class Estimate(NamedTuple):
+  """What a denoiser says of the data: their mean given xt; a learned variance and other outputs where it has them."""
+  x0: PyTree
+  variance: PyTree = None
+  aux: PyTree = None
+
+
+class Draw(NamedTuple):
+  """The randomness of some rows of a global batch; it does not depend on how the batch is cut into devices or slices."""
+  key: Key[Array, '']  # of the step, the same for every row
+  index: Int[Array, 'batch']  # of each row in the global batch
+  total: int  # rows of the global batch
+
+  @property
+  def keys(self) -> Key[Array, 'batch']:
+    return example_keys(self.key, self.index)
+
+
+Schedule = Callable[[Array], tuple[Array, Array]]  # t -> (alpha, sigma)
+Network = Callable[[PyTree, Array, Cond], PyTree]  # (scaled xt, time feature [B], cond) -> prediction; params bound
+Denoiser = Callable[[PyTree, Level, Cond], Estimate]
+Transform = Callable[[Denoiser], Denoiser]
+
+
+def example_keys(key: Key[Array, ''], index: Int[Array, 'batch']) -> Key[Array, 'batch']:
+  """One key an example, folded from its index: the noise belongs to the example, not to the device that holds it."""
+  return jax.vmap(jax.random.fold_in, (None, 0))(key, index)
+
+
+def fold(keys: Key[Array, 'batch'], data: int | Array) -> Key[Array, 'batch']:
+  """Fold the same number (a step, a purpose) into every example's key."""
+  return jax.vmap(jax.random.fold_in, (0, None))(keys, data)
+
+
+def split(keys: Key[Array, 'batch'], count: int) -> Key[Array, 'count batch']:
+  """`count` independent keys for every example, the new axis first so that they unpack."""
+  return jax.vmap(lambda key: jax.random.split(key, count), out_axes=1)(keys)
+
+
+def normal(keys: Key[Array, 'batch'], like: PyTree) -> PyTree:
+  """Standard normal noise of the shapes [B, ...] and dtypes of `like` (arrays or jax.ShapeDtypeStruct)."""
+  leaves, tree = jax.tree.flatten(like)
+  draw = lambda leaf, keys: jax.vmap(lambda key: jax.random.normal(key, leaf.shape[1:], leaf.dtype))(keys)
+  return tree.unflatten([draw(leaf, fold(keys, i)) for i, leaf in enumerate(leaves)])
+
+
+def spread(a: Array | float, x: Array) -> Array:
+  """Give `a`, whose axes are the first axes of x, the rank of x: [B] becomes [B, 1, 1, 1]."""
+  a = jnp.asarray(a)
+  return a.reshape(a.shape + (1,) * (x.ndim - a.ndim))
+
+
+def combine(*terms: tuple[Array | float, PyTree]) -> PyTree:
+  """sum_i a_i x_i over the terms (a_i, x_i), for arrays and pytrees x; the axes of a_i are the first axes of x_i."""
+  coefficients, xs = zip(*terms, strict=True)
+  add = lambda *leaves: sum(spread(a, x) * x for a, x in zip(coefficients, leaves, strict=True))
+  return jax.tree.map(add, *xs)

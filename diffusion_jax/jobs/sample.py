@@ -1,0 +1,92 @@
+"""--mode=sample: samples, a sheet of them, and the way from noise to data, from a trained run."""
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from diffusion_jax import pictures
+from diffusion_jax.build import build, rows
+from diffusion_jax.core import times
+from diffusion_jax.core.types import example_keys, fold
+from diffusion_jax.method import make_sampling
+from diffusion_jax.run import Run, chosen_params, draw, make_sampler, open_run, provenance, trained
+from diffusion_jax.runtime import mesh as meshes
+from diffusion_jax.runtime import workdir as workdirs
+from diffusion_jax.runtime.logs import say
+from diffusion_jax.runtime.step import State
+
+SHOWN = 11  # times in trajectory.png
+FRAMES = 40  # frames of each way in trajectory.gif
+
+
+def run(config: ConfigDict, workdir: Path) -> int:
+  this = open_run(config, workdir, read=False)
+  files = write(this, trained(this))
+  say('\n'.join(['The samples are in', *(f'  {path}' for path in files)]))
+  return 0
+
+
+def write(this: Run, state: State) -> list[Path]:
+  """Draw config.sample.count samples and write every file of this mode; returns their paths."""
+  c, folder = this.config, this.workdir / 'samples'
+  samples = draw(this, make_sampler(this, c.transform), state, c.sample.count, c.sample.batch)
+  if jax.process_index() == 0:
+    picture = pictures.save_png(folder / 'samples.png', sheet(this, samples))
+    cond = this.task.context(np.arange(c.sample.count)) or {}
+    np.savez_compressed(folder / 'samples.npz', x=samples, **cond)
+    workdirs.write_json(folder / 'samples.json', provenance(this, state, c.sample.count, c.transform))
+  ways = write_trajectory(this, state)
+  return [picture, folder / 'samples.npz', *ways, write_schedule(this)] if jax.process_index() == 0 else []
+
+
+def sheet(this: Run, samples: np.ndarray) -> np.ndarray:
+  """All samples in one picture, a row a class; without classes in rows of ten."""
+  cond = this.task.context(np.arange(len(samples)))
+  if cond is None:
+    return this.task.render(samples, min(10, len(samples)))
+  kinds = len(np.unique(cond['label']))
+  return this.task.render(samples[np.argsort(cond['label'], kind='stable')], -(-len(samples) // kinds))
+
+
+def write_trajectory(this: Run, state: State) -> list[Path]:
+  """trajectory.png and trajectory.gif: a sample being noised, and noise becoming that sample, with the estimates of x0."""
+  c, process, mesh = this.config, this.method.process, this.mesh
+  index = np.arange(-(-10 // mesh.size) * mesh.size, dtype=np.int32)
+  sampler = make_sampler(this, c.transform, keep=True)
+  xts, x0s = map(meshes.gather, sampler(chosen_params(this, state), state.extra, index))
+  x0s = np.concatenate([x0s, xts[-1:]])  # at t = 0 the estimate is the sample
+  grid = make_sampling(c, this.method, c.transform).grid
+  level = process.level(grid)
+  keys = fold(example_keys(jax.random.key(c.sample.seed), index), 4)
+  forward = np.stack([process.corrupt(keys, xts[-1], process.level(t))[0] for t in grid])
+  # Noisy images are shown at unit scale, so that exploding variances fit on the screen.
+  scale = 1 / np.maximum(1, np.hypot(level.alpha, level.sigma)).reshape(-1, *[1] * (xts.ndim - 1))
+  forward, xts, x0s = (this.task.decode(x[:, :10]) for x in (forward * scale, xts * scale, x0s))
+  if jax.process_index():
+    return []
+  spaced = lambda count: np.unique(np.linspace(0, len(grid) - 1, count).round().astype(int))
+  column = lambda frames: [this.task.render(frames[i, :4], 1) for i in spaced(SHOWN)]
+  figure = pictures.trajectory_figure(this.workdir / 'trajectory.png', grid[spaced(SHOWN)], {
+      'forward:\ndata noised': column(forward), 'sampling: xt': column(xts), 'sampling:\nestimate of x0': column(x0s)})
+  def frame(left, right):
+    left, right = this.task.render(left, 5), this.task.render(right, 5)
+    return np.concatenate([left, np.full((len(left), 12, 3), 255, np.uint8), right], 1)
+  there = [frame(forward[i], xts[-1]) for i in spaced(FRAMES)[::-1]]
+  back = [frame(xts[i], x0s[i]) for i in spaced(FRAMES)]
+  return [figure, pictures.save_gif(this.workdir / 'trajectory.gif', there + back, 60)]
+
+
+def write_schedule(this: Run) -> Path:
+  """schedule.png: the schedule of the run, its training times and its grid."""
+  c, process = this.config, this.method.process
+  t = np.linspace(0, 1, 402)[1:-1]
+  level = process.level(t)
+  law = build(c.times, rows(times, times.Times))
+  density = law.density(process, level.t) / np.abs(np.asarray(process.logsnr_slope(level)))
+  grid = make_sampling(c, this.method, c.transform).grid
+  inner = process.level(grid[(grid > 0) & (grid < 1)])
+  return pictures.schedule_figure(
+      this.workdir / 'schedule.png', t, np.asarray(level.alpha), np.asarray(level.sigma), np.asarray(level.logsnr),
+      np.asarray(density), np.asarray(inner.t), np.asarray(inner.logsnr),
+      f'{c.schedule}, trained at {c.times}, sampled on {c.grid}')

@@ -1,0 +1,56 @@
+"""python -m diffusion_jax.main --config=configs/digits.py --workdir=runs/digits [--mode=train|sample|evaluate]
+
+train trains, then samples and evaluates; typed again, it goes on where it stopped. sample and evaluate work from the
+workdir alone. --config.any.field=value overrides a field.
+"""
+import importlib
+import sys
+import traceback
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+MODES = ('train', 'sample', 'evaluate')
+
+flags.DEFINE_enum('mode', 'train', MODES, 'What to do.')
+flags.DEFINE_string('workdir', None, 'The folder that holds all of a run.', required=True)
+config_flags.DEFINE_config_file('config', None, 'A file of configs/; sample and evaluate take that of the workdir.',
+                                lock_config=True)
+
+
+def parse(argv: list[str]) -> list[str]:
+  """Parse the flags; where --config is left out, the workdir's config stands in, so that fields of it can be overridden."""
+  given = lambda name: [word for word in argv if word.lstrip('-').split('=')[0] == name]
+  if not given('config') and given('workdir'):
+    words = iter(argv)
+    workdir = next(word.partition('=')[2] or next(words) for word in words if word.lstrip('-').split('=')[0] == 'workdir')
+    if (Path(workdir) / 'config.json').exists():
+      stored = Path(__file__).parent / 'runtime' / 'stored.py'
+      argv = [argv[0], f'--config={stored}:{workdir}', *argv[1:]]
+  logging.set_verbosity(logging.WARNING)  # --verbosity=0 shows what JAX and Orbax have to say
+  return app.parse_flags_with_usage(argv)
+
+
+def main(argv: list[str]) -> None:
+  del argv
+  values = flags.FLAGS
+  workdir = Path(values.workdir)
+  if values.config is None:
+    from diffusion_jax.runtime import workdir as workdirs
+    if values.mode == 'train':
+      raise app.UsageError(f'{workdir} holds no run to go on with: type --config=configs/digits.py or another config.')
+    workdirs.load_config(workdir)  # raises the sentence that says what is missing
+  job = importlib.import_module(f'diffusion_jax.jobs.{values.mode}')
+  try:
+    sys.exit(job.run(values.config, workdir))
+  except (ValueError, RuntimeError, FloatingPointError) as error:
+    # What this package raises is a sentence for the user; what others raise needs its traceback.
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    if Path(__file__).parent not in raised_in.parents:
+      raise
+    sys.exit(f'ERROR: {error}')
+
+
+if __name__ == '__main__':
+  app.run(main, flags_parser=parse)

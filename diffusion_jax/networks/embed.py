@@ -1,0 +1,56 @@
+"""Conditions: what a dict of raw arrays becomes before a backbone sees it, and what it is when it is dropped."""
+from typing import NamedTuple
+
+from flax import linen as nn
+from jax import numpy as jnp
+from jaxtyping import Array
+
+
+class Conditioning(NamedTuple):
+  """The three things that every backbone consumes: by modulation, by attention, by concatenation to its input."""
+  vector: Array | None = None  # [B, D]
+  sequence: Array | None = None  # [B, L, D]
+  mask: Array | None = None  # [B, L], bool: which entries of the sequence are real
+  channels: Array | None = None  # [B, *space, C]
+
+
+class Label(nn.Module):
+  """A class number becomes a vector; a dropped one the learned vector of a further class (arXiv:2207.12598, sec. 3.2)."""
+  classes: int
+  size: int
+  param_dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, label, drop):
+    table = nn.Embed(self.classes + 1, self.size, param_dtype=self.param_dtype,
+                     embedding_init=nn.initializers.normal(0.02), name='table')
+    return Conditioning(vector=table(jnp.where(drop, self.classes, label)))
+
+
+class Conditional(nn.Module):
+  """A backbone with the embedders of its conditions, `embedders` = {entry of cond: module}.
+
+  Call it with x [B, *space, C], the time feature [B], cond and, in training, dropout keys [B].
+  """
+  backbone: nn.Module
+  embedders: dict[str, nn.Module]
+
+  def __call__(self, x, feature, cond=None, keys=None):
+    cond = cond or {}
+    if set(cond) - {'drop'} != set(self.embedders):
+      raise ValueError(f'This network is conditioned on {sorted(self.embedders)}; it was given {sorted(cond)}.')
+    drop = cond.get('drop', jnp.zeros(x.shape[0], bool))
+    parts = [embedder(cond[name], drop) for name, embedder in self.embedders.items()]
+    return self.backbone(x, feature, merge(parts), keys)
+
+
+def merge(parts: list[Conditioning]) -> Conditioning:
+  """Vectors add up; sequences follow one another, with their masks; channels are concatenated."""
+  gather = lambda name: [part for part in (getattr(each, name) for each in parts) if part is not None]
+  sequences = [each for each in parts if each.sequence is not None]
+  masks = [jnp.ones(each.sequence.shape[:2], bool) if each.mask is None else each.mask for each in sequences]
+  return Conditioning(
+      vector=sum(gather('vector')) if gather('vector') else None,
+      sequence=jnp.concatenate(gather('sequence'), 1) if sequences else None,
+      mask=jnp.concatenate(masks, 1) if sequences else None,
+      channels=jnp.concatenate(gather('channels'), -1) if gather('channels') else None)

@@ -1,0 +1,157 @@
+"""What the jobs share: a config and a workdir become a mesh, a task, a method, a state, samples."""
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+
+from diffusion_jax.core import sampling
+from diffusion_jax.core.types import example_keys
+from diffusion_jax.method import Method, make_method, make_sampling
+from diffusion_jax.runtime import mesh as meshes
+from diffusion_jax.runtime import optimizers
+from diffusion_jax.runtime.checkpoints import Checkpoints
+from diffusion_jax.runtime.step import State, init_state
+from diffusion_jax.runtime.workdir import check_resumable
+from diffusion_jax.tasks.task import Task, make_task
+
+
+class Run(NamedTuple):
+  """A config, checked and brought to life; `config` has every field resolved."""
+  config: ConfigDict
+  workdir: Path
+  mesh: Mesh
+  task: Task
+  method: Method
+  optimizer: optax.GradientTransformation
+  rate: optax.Schedule
+
+
+def open_run(config: ConfigDict, workdir: Path, read: bool) -> Run:
+  """Check a config and build what it names, with its data if `read`. Nothing is compiled and nothing is written.
+
+  Raises ValueError with a sentence for any illegal field, and where `workdir` belongs to another config.
+  """
+  cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'diffusion_jax' / 'compiled'
+  jax.config.update('jax_compilation_cache_dir', os.environ.get('JAX_COMPILATION_CACHE_DIR', str(cache)))
+  mesh = meshes.make_mesh(config.mesh)
+  for name in ('train', 'sample', 'evaluate'):
+    meshes.check_divisible(config[name].batch, mesh, f'config.{name}.batch')
+  for name in ('train.steps', 'train.batch', 'log.every', 'checkpoint.every', 'checkpoint.keep', 'sample.count'):
+    group, _, field = name.partition('.')
+    if config[group][field] < 1:
+      raise ValueError(f'config.{name} is {config[group][field]}; it must be 1 or more.')
+  if config.train.nonfinite not in ('stop', 'skip'):
+    raise ValueError(f"config.train.nonfinite is {config.train.nonfinite!r}; legal are 'stop' and 'skip'.")
+  task = make_task(config, read)
+  config = config.copy_and_resolve_references()
+  config.data.classes = task.classes
+  check_resumable(config, workdir)
+  method = make_method(config, task)
+  chosen_ema(config)
+  o = config.optimizer
+  rate = optimizers.schedule(o.rate, o.warmup, o.decay, config.train.steps)
+  optimizer = optimizers.adamw(rate, o.b1, o.b2, o.eps, o.weight_decay, o.clip)
+  run = Run(config, workdir, mesh, task, method, optimizer, rate)
+  for transform in {config.transform, *config.evaluate.transforms}:
+    check_sampling(run, transform)
+  return run
+
+
+def fresh_state(run: Run) -> Callable[[], State]:
+  """A function that makes the state before the first step."""
+  return partial(init_state, run.method.init, run.optimizer, tuple(run.config.train.ema), run.config.seed)
+
+
+def open_checkpoints(run: Run) -> Checkpoints:
+  return Checkpoints(run.workdir / 'checkpoints', run.config.checkpoint.keep)
+
+
+def restore(run: Run, checkpoints: Checkpoints) -> State | None:
+  """The newest readable state of the run, None if there is none."""
+  everywhere = meshes.replicated(run.mesh)
+  shapes = jax.eval_shape(fresh_state(run))
+  target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), shapes)
+  return checkpoints.restore(target)
+
+
+def trained(run: Run) -> State:
+  """The state of a run that has been trained. Raises ValueError where no checkpoint exists."""
+  checkpoints = open_checkpoints(run) if (run.workdir / 'checkpoints').is_dir() else None
+  state = restore(run, checkpoints) if checkpoints else None
+  if state is None:
+    raise ValueError(f'{run.workdir} holds no checkpoint yet: train first, with --mode=train.')
+  checkpoints.close()
+  return state
+
+
+def chosen_ema(config: ConfigDict) -> str:
+  """The name of the parameters to sample: a decay of train.ema, or '0.0' for the parameters themselves."""
+  decays, wanted = tuple(config.train.ema), config.sample.ema
+  if wanted == -1:
+    return str(decays[0]) if decays else '0.0'
+  if wanted != 0 and wanted not in decays:
+    raise ValueError(f'config.sample.ema is {wanted}; this run keeps {decays}, 0.0 means the parameters themselves.')
+  return str(float(wanted))
+
+
+def chosen_params(run: Run, state: State) -> PyTree:
+  name = chosen_ema(run.config)
+  return state.params if name == '0.0' else state.ema[name]
+
+
+def sampling_program(run: Run, transform: str, keep: bool = False) -> Callable:
+  """(params, extra, index [B], cond) -> samples, or, to keep the way, (xts, x0 estimates): a pure function.
+
+  The noise of a sample follows from config.sample.seed and its number in `index`.
+  """
+  parts = make_sampling(run.config, run.method, transform)
+  walk = sampling.trajectory if keep else sampling.sample
+  def program(params, extra, index, cond):
+    keys = example_keys(jax.random.key(run.config.sample.seed), index)
+    denoiser = parts.transform(run.method.denoiser(params, extra))
+    return walk(keys, run.method.process, parts.solver, denoiser, parts.grid, run.task.shape, cond)
+  return program
+
+
+def check_sampling(run: Run, transform: str) -> None:
+  """Trace the sampler without computing anything. Raises ValueError where the config cannot be sampled."""
+  index = np.arange(run.mesh.size, dtype=np.int32)
+  params, extra = jax.eval_shape(run.method.init, jax.random.key(0))
+  jax.eval_shape(sampling_program(run, transform), params, extra, index, run.task.context(index))
+
+
+def make_sampler(run: Run, transform: str, keep: bool = False) -> Callable:
+  """The compiled sampling program as a function of (params, extra, index [B]), what to sample being task.context(index)."""
+  program = jax.jit(sampling_program(run, transform, keep))
+  def sampler(params, extra, index):
+    local = index[jax.process_index()::jax.process_count()]
+    rows = meshes.put({'index': local, 'cond': run.task.context(local)}, run.mesh)
+    return program(params, extra, rows['index'], rows['cond'])
+  return sampler
+
+
+def draw(run: Run, sampler: Callable, state: State, count: int, batch: int) -> np.ndarray:
+  """Samples 0 to count - 1, uint8, `batch` at a time; the last batch is filled up and cut."""
+  params = chosen_params(run, state)
+  parts = []
+  for first in range(0, count, batch):
+    index = np.arange(first, first + batch, dtype=np.int32)
+    # Rows lie on the devices process by process; put them back in order.
+    order = np.argsort(np.concatenate([index[i::jax.process_count()] for i in range(jax.process_count())]))
+    parts.append(run.task.decode(meshes.gather(sampler(params, state.extra, index))[order]))
+  return np.concatenate(parts)[:count]
+
+
+def provenance(run: Run, state: State, count: int, transform: str) -> dict:
+  """What a number on samples needs beside it."""
+  c = run.config
+  return {'samples': count, 'step': int(state.step), 'solver': c.solver, 'grid': c.grid, 'transform': transform,
+          'ema': chosen_ema(c), 'seed': c.sample.seed}

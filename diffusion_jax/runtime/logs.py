@@ -1,0 +1,83 @@
+"""What a person sees of a run: a table at the start, progress, metrics.jsonl and TensorBoard."""
+import json
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+
+class Log:
+  """Scalars and images of a run. Only the first process writes; the others hold a Log that does nothing.
+
+  `scalars` is called with the metrics of a step right after the next step was dispatched, so that reading them waits for
+  nothing that the devices have not finished.
+  """
+
+  def __init__(self, workdir: Path, start: int, steps: int, every: int, batch: int):
+    self.every, self.batch, self.steps = every, batch, steps
+    self.active = jax.process_index() == 0
+    self._since, self._last = time.perf_counter(), start
+    if self.active:
+      from tensorboardX import SummaryWriter
+      self._file = _continue(workdir / 'metrics.jsonl', start)
+      self._board = SummaryWriter(str(workdir / 'tensorboard'), purge_step=start + 1, flush_secs=10)
+      self._bar = tqdm(total=steps, initial=start, unit='step', disable=not sys.stderr.isatty(), dynamic_ncols=True)
+
+  def scalars(self, step: int, metrics: dict) -> None:
+    """Log the metrics of the step that ended as number `step`, if it is one of every `every` or the last."""
+    if not self.active:
+      return
+    self._bar.update(step - self._bar.n)
+    if step % self.every and step != self.steps:
+      return
+    now = time.perf_counter()
+    rate = (step - self._last) * self.batch / max(now - self._since, 1e-9)
+    self._since, self._last = now, step
+    values = {name: float(value) for name, value in metrics.items()} | {'images_per_second': rate}
+    self._file.write(json.dumps({'step': step, **values}) + '\n')
+    self._file.flush()
+    for name, value in values.items():
+      self._board.add_scalar(name, value, step)
+    left = (self.steps - step) * self.batch / max(rate, 1e-9)
+    shown = f'loss {values["loss"]:.4f}, {rate:.0f} images/s'
+    if self._bar.disable:
+      print(f'step {step}/{self.steps}: {shown}, {left:.0f} s left', flush=True)
+    else:
+      self._bar.set_postfix_str(shown)
+
+  def image(self, step: int, name: str, picture: np.ndarray) -> None:
+    """Log a picture [height, width, 3], uint8."""
+    if self.active:
+      self._board.add_image(name, picture, step, dataformats='HWC')
+
+  def close(self) -> None:
+    if self.active:
+      self._bar.close()
+      self._file.close()
+      self._board.close()
+
+
+def _continue(path: Path, start: int):
+  """Open for appending, without the lines of steps after `start`, which a run that was killed had logged and will again."""
+  lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+  complete = [line for line in lines if line.endswith('}\n') and json.loads(line)['step'] <= start]
+  partial = path.with_name(path.name + '.partial')
+  partial.write_text(''.join(complete))
+  partial.replace(path)
+  return path.open('a')
+
+
+def table(rows: dict[str, str]) -> None:
+  """Print two columns, on the first process."""
+  if jax.process_index() == 0:
+    width = max(map(len, rows))
+    print('\n'.join(f'{name:<{width}}  {value}' for name, value in rows.items()), flush=True)
+
+
+def say(text: str) -> None:
+  """Print a line, on the first process."""
+  if jax.process_index() == 0:
+    tqdm.write(text)

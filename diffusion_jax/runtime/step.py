@@ -1,0 +1,57 @@
+"""The training state and the one pure step that moves it."""
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import optax
+from jax import numpy as jnp
+from jaxtyping import Array, PyTree
+
+from diffusion_jax.core.types import Draw
+from diffusion_jax.runtime import optimizers
+
+
+class State(NamedTuple):
+  """All that a resumed run needs; the position in the data follows from `step`."""
+  step: Array
+  params: PyTree
+  optimizer: PyTree
+  ema: dict[str, PyTree]
+  extra: PyTree
+  key: Array  # jax.random.key_data
+  skipped: Array  # steps whose loss or gradient was not finite
+
+
+def init_state(init: Callable, optimizer: optax.GradientTransformation, decays: tuple[float, ...], seed: int) -> State:
+  """The state before the first step. `init(key)` gives (params, extra)."""
+  init_key, key = jax.random.split(jax.random.key(seed))
+  params, extra = init(init_key)
+  zero = jnp.zeros((), jnp.int32)
+  # Copies, because a donated buffer may be given only once.
+  emas = {str(decay): jax.tree.map(jnp.copy, params) for decay in decays}
+  return State(zero, params, optimizer.init(params), emas, extra, jax.random.key_data(key), zero)
+
+
+def train_step(state: State, batch: dict, loss: Callable, optimizer: optax.GradientTransformation,
+               rate: optax.Schedule, total: int) -> tuple[State, dict[str, Array]]:
+  """One update on the mean loss of a global batch of `total` examples, and its metrics.
+
+  `loss(params, extra, draw, batch)` gives (losses [B], extra, metrics). Where the loss or the gradient is not finite
+  nothing changes but the counts, and metrics['finite'] is False.
+  """
+  key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+  draw = Draw(key, batch['index'], total)
+  def objective(params):
+    losses, extra, metrics = loss(params, state.extra, draw, batch)
+    return losses.mean(), (extra, metrics)
+  (value, (extra, metrics)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+  norm = optax.global_norm(grads)
+  finite = jnp.isfinite(value) & jnp.isfinite(norm)
+  updates, moments = optimizer.update(grads, state.optimizer, state.params)
+  params = optax.apply_updates(state.params, updates)
+  ema = optimizers.update_emas(state.ema, params, state.step)
+  old, new = (state.params, state.optimizer, state.ema, state.extra), (params, moments, ema, extra)
+  kept = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, old)
+  skipped = state.skipped + ~finite
+  metrics = {'loss': value, 'grad_norm': norm, 'rate': rate(state.step), 'skipped': skipped, 'finite': finite, **metrics}
+  return State(state.step + 1, *kept, state.key, skipped), metrics

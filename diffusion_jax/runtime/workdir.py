@@ -1,0 +1,90 @@
+"""The folder of a run: its resolved config, its environment, and what may change when it goes on."""
+import importlib.metadata
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+RESUMABLE = ('train.steps', 'log.', 'checkpoint.', 'sample.', 'evaluate.', 'solver', 'grid', 'transform', 'mesh')
+"""Fields, or beginnings of their names, in which a run may differ from the one that it continues."""
+
+PACKAGES = ('diffusion_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'tensorflow-datasets',
+            'ml_collections', 'numpy', 'scikit-learn', 'pillow')
+
+
+def flatten(config: ConfigDict, prefix: str = '') -> dict:
+  """{'train.batch': 128, ...}."""
+  flat = {}
+  for name, value in config.items():
+    flat |= flatten(value, f'{prefix}{name}.') if isinstance(value, ConfigDict) else {prefix + name: value}
+  return flat
+
+
+def write_json(path: Path, content: dict) -> None:
+  """Write at once or not at all: a reader never sees half a file."""
+  partial = path.with_name(path.name + '.partial')
+  partial.write_text(json.dumps(content, indent=2, default=str) + '\n')
+  partial.replace(path)
+
+
+def load_config(workdir: Path) -> ConfigDict:
+  """The resolved config that a run left in its workdir. Raises ValueError where there is none."""
+  path = Path(workdir) / 'config.json'
+  if not path.exists():
+    raise ValueError(f'{path} does not exist: there is no run in this workdir. Train one first with '
+                     f'python -m diffusion_jax.main --config=configs/digits.py --workdir={workdir}')
+  freeze = lambda value: tuple(map(freeze, value)) if isinstance(value, list) else value
+  thaw = lambda tree: {k: thaw(v) if isinstance(v, dict) else freeze(v) for k, v in tree.items()}
+  return ConfigDict(thaw(json.loads(path.read_text())))
+
+
+def check_resumable(config: ConfigDict, workdir: Path) -> None:
+  """Raise ValueError if the run in `workdir` has a config that differs in more than the resumable fields."""
+  if not (workdir / 'config.json').exists():
+    return
+  before, now = flatten(load_config(workdir)), flatten(config)
+  changed = [name for name in sorted(before.keys() | now.keys())
+             if before.get(name) != now.get(name) and not name.startswith(RESUMABLE)]
+  if changed:
+    lines = '\n'.join(f'  config.{name}: {before.get(name)!r} there, {now.get(name)!r} now' for name in changed)
+    raise ValueError(f'The run in {workdir} has another config:\n{lines}\nTo continue it, leave these as they were '
+                     f'(only {", ".join(RESUMABLE)} may change). To start anew, type another --workdir.')
+
+
+def open_workdir(config: ConfigDict, workdir: Path) -> None:
+  """Make the folder and write config.json and environment.json. Raises ValueError if it belongs to another config."""
+  check_resumable(config, workdir)
+  if jax.process_index() == 0:
+    try:
+      workdir.mkdir(parents=True, exist_ok=True)
+      write_json(workdir / 'config.json', config.to_dict())
+      write_json(workdir / 'environment.json', environment())
+    except OSError as error:
+      raise ValueError(f'The workdir {workdir} cannot be written: {error.strerror}. Type another --workdir.') from error
+
+
+def commit() -> str:
+  """The commit of the package's checkout, with '+' if files differ from it; '' outside a checkout."""
+  git = lambda *words: subprocess.run(['git', *words], cwd=Path(__file__).parent, capture_output=True, text=True)
+  try:
+    head = git('rev-parse', 'HEAD')
+    dirty = git('status', '--porcelain', '--untracked-files=no').stdout.strip()
+  except OSError:  # no git
+    return ''
+  return '' if head.returncode else head.stdout.strip() + ('+' if dirty else '')
+
+
+def environment() -> dict:
+  """Versions, commit, devices and command of this process."""
+  def version(name):
+    try:
+      return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      return None
+  return {'commit': commit(), 'command': sys.argv, 'python': platform.python_version(), 'platform': platform.platform(),
+          'packages': {name: version(name) for name in PACKAGES}, 'processes': jax.process_count(),
+          'devices': [str(device.device_kind) for device in jax.devices()]}

@@ -1,0 +1,177 @@
+"""Where images come from: scikit-learn's digits, TFDS, a folder. A source gives {'x': uint8 [H, W, C], 'label'} for an index."""
+import csv
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+Fit = Callable[[np.ndarray, str], np.ndarray]
+SPLIT_SEED = 0  # of the fixed shuffle before a data set without splits of its own is split
+
+
+class Splits(NamedTuple):
+  """The training and the held-out source of a data set, and its number of classes (0: no labels)."""
+  train: Any
+  test: Any
+  classes: int
+
+
+class Arrays:
+  """Images [N, H, W, C], uint8, with labels [N], in memory."""
+
+  def __init__(self, images: np.ndarray, labels: np.ndarray):
+    self.images, self.labels = images, labels.astype(np.int32)
+
+  def __len__(self):
+    return len(self.images)
+
+  def __getitem__(self, index):
+    return {'x': self.images[index], 'label': self.labels[index]}
+
+
+class Prepared:
+  """A TFDS data source whose images pass through `fit`."""
+
+  def __init__(self, source: Any, fit: Fit, name: str):
+    self.source, self.fit, self.name = source, fit, name
+
+  def __len__(self):
+    return len(self.source)
+
+  def __getitem__(self, index):
+    example = self.source[int(index)]
+    return {'x': self.fit(example['image'], self.name), 'label': np.int32(example.get('label', 0))}
+
+
+class Files:
+  """Image files with labels. A file that cannot be read stops the run, or with skip=True the next one takes its place."""
+
+  def __init__(self, paths: list[Path], labels: list[int], fit: Fit, mode: str, skip: bool):
+    self.paths, self.labels, self.fit, self.mode, self.skip = paths, labels, fit, mode, skip
+    self.skipped = set()
+
+  def __len__(self):
+    return len(self.paths)
+
+  def __getitem__(self, index):
+    for offset in range(len(self.paths)):
+      number = (index + offset) % len(self.paths)
+      path = self.paths[number]
+      try:
+        with Image.open(path) as image:
+          return {'x': self.fit(_pixels(image, self.mode), str(path)), 'label': np.int32(self.labels[number])}
+      except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = 'it is empty' if path.exists() and not path.stat().st_size else str(error)
+        if not self.skip:
+          raise ValueError(f'The image {path} cannot be read: {reason}. Remove it, or type '
+                           '--config.data.bad_files=skip to leave such files out.') from error
+        if path not in self.skipped:
+          warnings.warn(f'The image {path} cannot be read and is left out: {reason}.', stacklevel=2)
+          self.skipped.add(path)
+    raise ValueError(f'None of the {len(self.paths)} images, such as {self.paths[0]}, can be read.')
+
+
+def digits(fit: Fit) -> Splits:
+  """The 1,797 scanned digits of scikit-learn, 8x8, grey values 0 to 16 stretched to 0 to 255: 1,500 and 297."""
+  from sklearn.datasets import load_digits
+  data = load_digits()
+  images = np.stack([fit(image[..., None], 'digits') for image in np.round(data.images / 16 * 255).astype(np.uint8)])
+  train, test = _shuffled(len(images), 297)
+  return Splits(Arrays(images[train], data.target[train]), Arrays(images[test], data.target[test]), 10)
+
+
+def tfds(name: str, path: str, train: str, test: str, fit: Fit) -> Splits:
+  """An image set of TensorFlow Datasets by name, prepared first where it is not. Reading needs no tensorflow.
+
+  `path` is the folder of prepared sets; '' means TFDS_DATA_DIR or TFDS's default.
+  """
+  import tensorflow_datasets
+  where = {'data_dir': path} if path else {}
+  install = "pip install 'diffusion_jax[tfds]'"
+  try:
+    builder = tensorflow_datasets.builder(name, file_format='array_record', **where)
+  except tensorflow_datasets.core.DatasetNotFoundError as error:
+    raise ValueError(f'TFDS knows no set named {name!r} (config.data.name): {str(error).splitlines()[0]}') from error
+  except ImportError as error:
+    raise ValueError(f'The set {name!r} needs tensorflow ({error}): type {install}') from error
+  if not builder.data_path.exists():
+    print(f'{name} is not prepared in {builder.data_path}: it is downloaded and prepared.', flush=True)
+    try:
+      builder.download_and_prepare()
+    except Exception as error:  # any of TFDS, tensorflow and the network
+      missing = 'tensorflow' in f'{type(error).__name__} {error}'.lower()
+      advice = f'preparing it needs tensorflow: type {install}' if missing else 'see the reason above'
+      raise ValueError(f'{name} is not prepared in {builder.data_path} and could not be ({_first_line(error)}); {advice}, '
+                       'or set TFDS_DATA_DIR or --config.data.path to the folder of a prepared copy.') from error
+  label = builder.info.features.get('label') if hasattr(builder.info.features, 'get') else None
+  sources = [Prepared(builder.as_data_source(split=split), fit, name) for split in (train, test)]
+  return Splits(*sources, getattr(label, 'num_classes', 0) or 0)
+
+
+def folder(path: str, holdout: int, fit: Fit, mode: str, skip: bool) -> Splits:
+  """Images in sub-folders, one a class, or listed in metadata.csv with the columns file_name and label.
+
+  `holdout` images, after a fixed shuffle, are held out. Without labels in metadata.csv there are no classes.
+  """
+  root = Path(path)
+  if not path or not root.is_dir():
+    raise ValueError(f'config.data.path is {path!r}, which is not a folder: type --config.data.path=FOLDER with a '
+                     'sub-folder of images for each class, or a metadata.csv with the columns file_name,label.')
+  table = root / 'metadata.csv'
+  paths, names = _listed(table) if table.exists() else _sub_folders(root)
+  if not 0 < holdout < len(paths):
+    raise ValueError(f'{root} holds {len(paths)} images; config.data.holdout is {holdout} and must be between 1 and '
+                     f'{max(len(paths) - 1, 1)}.' if paths else f'{root} holds no images ({_EXAMPLES}) in sub-folders.')
+  labels, classes = _numbers(names)
+  make = lambda rows: Files([paths[i] for i in rows], [labels[i] for i in rows], fit, mode, skip)
+  train, test = _shuffled(len(paths), holdout)
+  return Splits(make(train), make(test), classes)
+
+
+_EXTENSIONS = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff')
+_EXAMPLES = ', '.join(_EXTENSIONS)
+
+
+def _sub_folders(root: Path) -> tuple[list[Path], list[str]]:
+  paths = sorted(path for path in root.glob('*/*') if path.suffix.lower() in _EXTENSIONS)
+  return paths, [path.parent.name for path in paths]
+
+
+def _listed(table: Path) -> tuple[list[Path], list[str]]:
+  with table.open(newline='', encoding='utf-8') as file:
+    reader = csv.DictReader(file)
+    if 'file_name' not in (reader.fieldnames or []):
+      raise ValueError(f'{table} has the columns {reader.fieldnames}; it needs file_name, and label for classes.')
+    rows = list(reader)
+  return [table.parent / row['file_name'] for row in rows], [row.get('label') or '' for row in rows]
+
+
+def _numbers(names: list[str]) -> tuple[list[int], int]:
+  """Labels as numbers, and how many classes: numbers stay what they are, names are numbered in alphabetical order."""
+  if not any(names):
+    return [0] * len(names), 0
+  if all(name.isdigit() for name in names):
+    return [int(name) for name in names], max(map(int, names)) + 1
+  order = {name: number for number, name in enumerate(sorted(set(names)))}
+  return [order[name] for name in names], len(order)
+
+
+def _shuffled(count: int, holdout: int) -> tuple[np.ndarray, np.ndarray]:
+  order = np.random.default_rng(SPLIT_SEED).permutation(count)
+  return order[:count - holdout], order[count - holdout:]
+
+
+def _pixels(image: Image.Image, mode: str) -> np.ndarray:
+  """The image in PIL's mode 'L', 'RGB' or 'RGBA'; transparency becomes white where the mode has none."""
+  if mode != 'RGBA' and (image.mode in ('RGBA', 'LA', 'PA') or 'transparency' in image.info):
+    image = image.convert('RGBA')
+    image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+  pixels = np.asarray(image.convert(mode))
+  return pixels if pixels.ndim == 3 else pixels[..., None]
+
+
+def _first_line(error: Exception) -> str:
+  return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -1,0 +1,29 @@
+"""What a task is, and the task of a config."""
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Array, PyTree
+from ml_collections import ConfigDict
+
+from diffusion_jax.core.types import Cond
+
+
+class Task(NamedTuple):
+  """A kind of data: how to read it, what the network sees, how to show it and how to score it."""
+  shape: tuple[int, ...]  # of one example, as the network sees it
+  classes: int  # 0: unconditional
+  summary: str  # a sentence on the data, for people
+  batches: Callable[[int, int, int, int], Iterator[dict]]  # (step, batch, process, processes) -> rows of this process
+  encode: Callable[[dict], tuple[PyTree, Cond]]  # rows on the device -> (x0, cond)
+  context: Callable[[np.ndarray], Cond]  # sample numbers -> what to sample
+  decode: Callable[[Array], np.ndarray]  # samples -> uint8
+  render: Callable[[np.ndarray, int], np.ndarray]  # (uint8 samples, columns) -> a picture [H, W, 3], uint8
+  metrics: Callable[[np.ndarray, Cond], dict[str, Any]]  # (uint8 samples, their cond) -> scores beside their floors
+  skipped: Callable[[], int]  # bad files left out so far
+
+
+def make_task(config: ConfigDict, read: bool) -> Task:
+  """The task that config.data names; `read`=False leaves the data alone, which sampling does not need."""
+  from diffusion_jax.tasks import images
+  return images.make_task(config.data, config.evaluate.reference, config.seed, config.sample.labels, read)

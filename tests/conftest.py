@@ -1,0 +1,18 @@
+"""Strict settings for the whole suite: no silent broadcasting between ranks, shapes checked, eight fake devices."""
+import os
+
+os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
+
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+install_import_hook('diffusion_jax.core', 'beartype.beartype').install()
+
+
+@pytest.fixture
+def x64():
+  """Double precision within a test."""
+  with jax.enable_x64(True):
+    yield
