@@ -8,7 +8,7 @@ import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
-install_import_hook('diffusion_jax.core', 'beartype.beartype').install()
+install_import_hook('diffusion_jax.core', 'beartype.beartype')
 
 
 @pytest.fixture
