@@ -66,7 +66,7 @@ def get_config():
 
   # After training, and --mode=sample
   config.sample = ConfigDict()
-  config.sample.count = 100
+  config.sample.count = 100  # 0: no samples after training
   config.sample.batch = 100  # samples at once, over all devices
   config.sample.seed = 0  # sample i is the same for any count and batch
   config.sample.labels = ()  # classes to sample in turn; (): all

@@ -19,7 +19,7 @@ from diffusion_jax.runtime import mesh as meshes
 from diffusion_jax.runtime import optimizers
 from diffusion_jax.runtime.checkpoints import Checkpoints
 from diffusion_jax.runtime.step import State, init_state
-from diffusion_jax.runtime.workdir import check_resumable
+from diffusion_jax.runtime.workdir import check_resumable, load_config
 from diffusion_jax.tasks.task import Task, make_task
 
 
@@ -42,16 +42,17 @@ def open_run(config: ConfigDict, workdir: Path, read: bool) -> Run:
   cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'diffusion_jax' / 'compiled'
   jax.config.update('jax_compilation_cache_dir', os.environ.get('JAX_COMPILATION_CACHE_DIR', str(cache)))
   mesh = meshes.make_mesh(config.mesh)
-  for name in ('train', 'sample', 'evaluate'):
-    meshes.check_divisible(config[name].batch, mesh, f'config.{name}.batch')
-  for name in ('train.steps', 'train.batch', 'log.every', 'checkpoint.every', 'checkpoint.keep', 'sample.count'):
+  meshes.check_divisible(config.train.batch, mesh, 'config.train.batch')
+  for name in ('train.steps', 'train.batch', 'sample.batch', 'evaluate.batch', 'log.every', 'checkpoint.every', 'checkpoint.keep'):
     group, _, field = name.partition('.')
     if config[group][field] < 1:
       raise ValueError(f'config.{name} is {config[group][field]}; it must be 1 or more.')
   if config.train.nonfinite not in ('stop', 'skip'):
     raise ValueError(f"config.train.nonfinite is {config.train.nonfinite!r}; legal are 'stop' and 'skip'.")
-  task = make_task(config, read)
   config = config.copy_and_resolve_references()
+  if not read and config.data.classes == -1:
+    config.data.classes = load_config(workdir).data.classes  # what the data had
+  task = make_task(config, read)
   config.data.classes = task.classes
   check_resumable(config, workdir)
   method = make_method(config, task)
@@ -139,8 +140,9 @@ def make_sampler(run: Run, transform: str, keep: bool = False) -> Callable:
 
 
 def draw(run: Run, sampler: Callable, state: State, count: int, batch: int) -> np.ndarray:
-  """Samples 0 to count - 1, uint8, `batch` at a time; the last batch is filled up and cut."""
+  """Samples 0 to count - 1, uint8, `batch` at a time, rounded up to what the devices share; the surplus is cut off."""
   params = chosen_params(run, state)
+  batch = -(-batch // run.mesh.size) * run.mesh.size
   parts = []
   for first in range(0, count, batch):
     index = np.arange(first, first + batch, dtype=np.int32)

@@ -1,7 +1,11 @@
 """Strict settings for the whole suite: no silent broadcasting between ranks, shapes checked, eight fake devices."""
 import os
+import tempfile
 
+os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+_cache = tempfile.TemporaryDirectory(prefix='diffusion_jax_tests_')
+os.environ['XDG_CACHE_HOME'] = _cache.name  # compiled programs of this suite, shared with the processes that it starts
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

@@ -3,6 +3,7 @@ import dataclasses
 
 import jax
 from jax import numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Key, PyTree
 
 from diffusion_jax.core import schedules
@@ -14,12 +15,12 @@ class Gaussian:
   """xt = alpha_t x0 + sigma_t noise (arXiv:2107.00630, sec. 3.1), for arrays and pytrees x with a leading batch axis."""
   schedule: Schedule
 
-  def level(self, t: Array | float) -> Level:
+  def level(self, t: ArrayLike) -> Level:
     """The level at time t in [0, 1]."""
     t = jnp.asarray(t, jnp.result_type(float))
     return Level(t, *self.schedule(t))
 
-  def level_at(self, logsnr: Array | float) -> Level:
+  def level_at(self, logsnr: ArrayLike) -> Level:
     """The level with this logsnr, in nats."""
     return self.level(schedules.time_at(self.schedule, logsnr))
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import jax
 from jax import numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from diffusion_jax.core.types import Schedule
@@ -67,13 +68,13 @@ def path(logsnr: Callable[[Array], Array], p: float = 2.0) -> Schedule:
   return schedule
 
 
-def logsnr_of(schedule: Schedule, t: Array) -> Array:
+def logsnr_of(schedule: Schedule, t: ArrayLike) -> Array:
   """log(alpha^2 / sigma^2) at t, in nats."""
   alpha, sigma = schedule(t)
   return 2 * (jnp.log(alpha) - jnp.log(sigma))
 
 
-def time_at(schedule: Schedule, logsnr: Array) -> Array:
+def time_at(schedule: Schedule, logsnr: ArrayLike) -> Array:
   """The time t at which the schedule has this logsnr, by bisection; 0 or 1 where it lies beyond the schedule's ends."""
   logsnr = jnp.asarray(logsnr, jnp.result_type(float))
   def halve(_, bounds):

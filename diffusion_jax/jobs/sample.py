@@ -3,6 +3,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax import numpy as jnp
 from ml_collections import ConfigDict
 
 from diffusion_jax import pictures
@@ -58,8 +59,8 @@ def write_trajectory(this: Run, state: State) -> list[Path]:
   x0s = np.concatenate([x0s, xts[-1:]])  # at t = 0 the estimate is the sample
   grid = make_sampling(c, this.method, c.transform).grid
   level = process.level(grid)
-  keys = fold(example_keys(jax.random.key(c.sample.seed), index), 4)
-  forward = np.stack([process.corrupt(keys, xts[-1], process.level(t))[0] for t in grid])
+  keys = fold(example_keys(jax.random.key(c.sample.seed), jnp.asarray(index)), 4)
+  forward = np.stack([process.corrupt(keys, jnp.asarray(xts[-1]), process.level(t))[0] for t in grid])
   # Noisy images are shown at unit scale, so that exploding variances fit on the screen.
   scale = 1 / np.maximum(1, np.hypot(level.alpha, level.sigma)).reshape(-1, *[1] * (xts.ndim - 1))
   forward, xts, x0s = (this.task.decode(x[:, :10]) for x in (forward * scale, xts * scale, x0s))
@@ -68,7 +69,8 @@ def write_trajectory(this: Run, state: State) -> list[Path]:
   spaced = lambda count: np.unique(np.linspace(0, len(grid) - 1, count).round().astype(int))
   column = lambda frames: [this.task.render(frames[i, :4], 1) for i in spaced(SHOWN)]
   figure = pictures.trajectory_figure(this.workdir / 'trajectory.png', grid[spaced(SHOWN)], {
-      'forward:\ndata noised': column(forward), 'sampling: xt': column(xts), 'sampling:\nestimate of x0': column(x0s)})
+      'data noised,\nfrom right to left': column(forward), 'sampling: xt': column(xts),
+      'sampling:\nestimate of x0': column(x0s)})
   def frame(left, right):
     left, right = this.task.render(left, 5), this.task.render(right, 5)
     return np.concatenate([left, np.full((len(left), 12, 3), 255, np.uint8), right], 1)

@@ -1,5 +1,6 @@
 """--mode=train: train, with exact resume, then sample and evaluate."""
 import signal
+import time
 from functools import partial
 from pathlib import Path
 
@@ -52,26 +53,25 @@ def fit(this: Run, state: State, checkpoints: Checkpoints, stop: Stop) -> State:
   stream = inputs.to_device(host, this.mesh)
   batch = next(stream)
   step_fn = compile_step(this, state, batch)
-  log = Log(this.workdir, start, c.train.steps, c.log.every, c.train.batch)
   sampler = make_sampler(this, c.transform)
   before = None  # the metrics of the last step, read once the next one is on its way
-  for step in range(start + 1, c.train.steps + 1):
-    state, metrics = step_fn(state, batch)
-    if before:
-      report(this, log, step - 1, before)
-    before = metrics
-    if step < c.train.steps:
-      batch = next(stream)
-    if step % c.checkpoint.every == 0 or step == c.train.steps or stop.name:
-      report(this, log, step, before)
-      before = None
-      checkpoints.save(step, state)
-    if c.log.samples and step % c.log.samples == 0:
-      snapshot(this, log, sampler, state, step)
-    if stop.name:
-      break
-  checkpoints.wait()
-  log.close()
+  with Log(this.workdir, start, c.train.steps, c.log.every, c.train.batch) as log:
+    for step in range(start + 1, c.train.steps + 1):
+      state, metrics = step_fn(state, batch)
+      if before:
+        report(this, log, step - 1, before)
+      before = metrics
+      if step < c.train.steps:
+        batch = next(stream)
+      if step % c.checkpoint.every == 0 or step == c.train.steps or stop.name:
+        report(this, log, step, before)
+        before = None
+        checkpoints.save(step, state)
+      if c.log.samples and step % c.log.samples == 0:
+        snapshot(this, log, sampler, state, step)
+      if stop.name:
+        break
+    checkpoints.wait()
   return state
 
 
@@ -98,28 +98,28 @@ def compile_step(this: Run, state: State, batch: dict):
 
 
 def report(this: Run, log: Log, step: int, metrics: dict) -> None:
-  """Log a step; stop if it was not finite and the config says so."""
-  if not metrics['finite'] and this.config.train.nonfinite == 'stop':
+  """Log a step; raise FloatingPointError if it was not finite and the config says to stop."""
+  finite = bool(metrics['finite'])
+  log.scalars(step, {name: value for name, value in metrics.items() if name != 'finite'}, always=not finite)
+  if not finite and this.config.train.nonfinite == 'stop':
     raise FloatingPointError(
         f'Step {step} has loss {float(metrics["loss"])} and gradient norm {float(metrics["grad_norm"])}; its update was not '
         'applied. Lower --config.optimizer.rate, or type --config.train.nonfinite=skip in a new --workdir.')
-  metrics = {name: value for name, value in metrics.items() if name != 'finite'}
-  log.scalars(step, metrics)
 
 
 def snapshot(this: Run, log: Log, sampler, state: State, step: int) -> None:
   """A sheet of samples, a row a class, into samples/ and TensorBoard."""
-  c = this.config
+  c, began = this.config, time.perf_counter()
   samples = draw(this, sampler, state, c.sample.batch, c.sample.batch)
   picture = sample.sheet(this, samples)
   if jax.process_index() == 0:
     save_png(this.workdir / 'samples' / f'step_{step:07d}.png', picture)
-  log.image(step, 'samples', picture)
+  log.image(step, 'samples', picture, time.perf_counter() - began)
 
 
 def finish(this: Run, state: State) -> list[Path]:
   """Sample and evaluate; returns the files that a person wants to see."""
-  files = sample.write(this, state)
+  files = sample.write(this, state) if this.config.sample.count else []
   if this.config.evaluate.count:
     files.append(evaluate.write(this, state))
   skipped = this.task.skipped()

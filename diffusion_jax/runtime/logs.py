@@ -26,12 +26,12 @@ class Log:
       self._board = SummaryWriter(str(workdir / 'tensorboard'), purge_step=start + 1, flush_secs=10)
       self._bar = tqdm(total=steps, initial=start, unit='step', disable=not sys.stderr.isatty(), dynamic_ncols=True)
 
-  def scalars(self, step: int, metrics: dict) -> None:
-    """Log the metrics of the step that ended as number `step`, if it is one of every `every` or the last."""
+  def scalars(self, step: int, metrics: dict, always: bool = False) -> None:
+    """Log the metrics of the step that ended as number `step`, if it is one of every `every`, the last, or `always`."""
     if not self.active:
       return
     self._bar.update(step - self._bar.n)
-    if step % self.every and step != self.steps:
+    if step % self.every and step != self.steps and not always:
       return
     now = time.perf_counter()
     rate = (step - self._last) * self.batch / max(now - self._since, 1e-9)
@@ -48,12 +48,16 @@ class Log:
     else:
       self._bar.set_postfix_str(shown)
 
-  def image(self, step: int, name: str, picture: np.ndarray) -> None:
-    """Log a picture [height, width, 3], uint8."""
+  def image(self, step: int, name: str, picture: np.ndarray, seconds: float = 0.0) -> None:
+    """Log a picture [height, width, 3], uint8, whose making took `seconds`, which do not count as training."""
     if self.active:
+      self._since += seconds
       self._board.add_image(name, picture, step, dataformats='HWC')
 
-  def close(self) -> None:
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *error):
     if self.active:
       self._bar.close()
       self._file.close()

@@ -45,7 +45,7 @@ def train_step(state: State, batch: dict, loss: Callable, optimizer: optax.Gradi
     losses, extra, metrics = loss(params, state.extra, draw, batch)
     return losses.mean(), (extra, metrics)
   (value, (extra, metrics)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
-  norm = optax.global_norm(grads)
+  norm = optax.tree.norm(grads)
   finite = jnp.isfinite(value) & jnp.isfinite(norm)
   updates, moments = optimizer.update(grads, state.optimizer, state.params)
   params = optax.apply_updates(state.params, updates)

@@ -1,0 +1,94 @@
+"""Grids: ends, order, spacing, against the formulas of the papers in numpy."""
+import numpy as np
+import pytest
+from jax import numpy as jnp
+
+from diffusion_jax.core import grids, schedules
+from tests.core.tables import GRIDS, REACHING_NOISE, SCHEDULES, check_complete, over
+
+
+def ratio(schedule, t):
+  """sigma / alpha in double precision."""
+  alpha, sigma = schedule(jnp.asarray(t))
+  return np.asarray(sigma) / np.asarray(alpha)
+
+
+def test_the_table_is_complete():
+  check_complete(grids, grids.Grid, GRIDS)
+
+
+@over('schedule', SCHEDULES)
+@over('grid', GRIDS)
+def test_a_grid_falls_from_noise_to_data(grid, schedule):
+  t = grid(schedule)
+  assert isinstance(t, np.ndarray) and t.shape == (9,)
+  assert t[-1] == 0 and t[0] <= 1 and (np.diff(t) < 0).all()
+
+
+@over('schedule', SCHEDULES)
+def test_uniform_steps(schedule):
+  np.testing.assert_allclose(grids.uniform(4, 0.8)(schedule), [0.8, 0.6, 0.4, 0.2, 0.0], atol=1e-15)
+  assert grids.uniform(4)(schedule)[0] == 1
+
+
+@over('schedule', SCHEDULES)
+def test_karras_has_the_sigmas_of_its_eq_5(schedule, x64):
+  n, low, high, rho = 6, 0.01, 70.0, 5.0
+  sigmas = [(high**(1 / rho) + i / (n - 1) * (low**(1 / rho) - high**(1 / rho)))**rho for i in range(n)]
+  t = grids.karras(n, low, high, rho)(schedule)
+  np.testing.assert_allclose(ratio(schedule, t[:-1]), sigmas, rtol=1e-8)
+  np.testing.assert_allclose(ratio(schedule, t[[0, -2]]), [high, low], rtol=1e-8)
+  assert len(t) == n + 1 and t[-1] == 0
+
+
+def test_karras_on_karras_starts_at_its_end():
+  np.testing.assert_allclose(grids.karras(5)(SCHEDULES['karras'])[[0, -2]] * 80, [80, 0.002], rtol=1e-5)
+
+
+@over('schedule', SCHEDULES)
+def test_logsnr_is_evenly_spaced(schedule, x64):
+  t = grids.logsnr(5, -6.0, 6.0)(schedule)
+  np.testing.assert_allclose(-2 * np.log(ratio(schedule, t[:-1])), [-6, -3, 0, 3, 6], atol=1e-9)
+  assert len(t) == 6 and t[-1] == 0
+
+
+def test_shift_on_flow_is_that_of_stable_diffusion_3(x64):
+  t = np.linspace(1, 0, 9)
+  np.testing.assert_allclose(grids.shift(grids.uniform(8), 3.0)(SCHEDULES['flow']), 3 * t / (1 + 2 * t), atol=1e-12)
+
+
+@over('schedule', REACHING_NOISE)
+def test_shift_keeps_the_ends(schedule):
+  t = grids.shift(grids.uniform(8), 3.0)(schedule)
+  assert t[0] == 1 and t[-1] == 0 and (np.diff(t) < 0).all()
+
+
+@pytest.mark.parametrize('name', ['linear', 'karras'])
+def test_a_shift_beyond_the_end_is_an_error(name):
+  """No t has the logsnr that the shift asks for; clamped to t = 1 the grid would stand still."""
+  with pytest.raises(ValueError, match='shift'):
+    grids.shift(grids.uniform(8), 3.0)(SCHEDULES[name])
+
+
+@pytest.mark.parametrize('grid, name, sentence', [
+  (grids.logsnr(8, -30.0, 9.0), 'linear', r'logsnr from -30 to 9, of which the schedule, with logsnr from -10 to inf, lacks'),
+  (grids.karras(8, 0.002, 100.0), 'karras', r'logsnr from -9.21 to 12.4, of which the schedule, with logsnr from -8.76 to'),
+])
+def test_a_range_that_the_schedule_lacks_is_an_error(grid, name, sentence):
+  with pytest.raises(ValueError, match=sentence):
+    grid(SCHEDULES[name])
+
+
+@pytest.mark.parametrize('call, sentence', [
+  (lambda: grids.uniform(0), 'A grid needs at least 1 step; got 0.'),
+  (lambda: grids.uniform(4, 1.5), 'uniform needs 0 < t_max <= 1; got 1.5.'),
+  (lambda: grids.karras(4, 2.0, 1.0), 'karras needs 0 < sigma_min < sigma_max and rho > 0; got 2.0, 1.0, 7.0.'),
+  (lambda: grids.karras(-1), 'A grid needs at least 1 step; got -1.'),
+  (lambda: grids.logsnr(4, 3.0, 3.0), 'logsnr needs low < high; got low=3.0, high=3.0.'),
+  (lambda: grids.logsnr(0), 'A grid needs at least 1 step; got 0.'),
+  (lambda: grids.shift(grids.uniform(4), 0.0)(schedules.flow()), 'shift needs factor > 0; got 0.0.'),
+])
+def test_bad_arguments_get_a_sentence(call, sentence):
+  with pytest.raises(ValueError) as error:
+    call()
+  assert str(error.value) == sentence

@@ -1,0 +1,58 @@
+"""A tiny run, and what tests ask of it."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from configs import base
+
+from diffusion_jax import run as runs
+
+ROOT = Path(__file__).parents[2]
+NETWORK = 'UNet(channels=8, multipliers=(1, 2), blocks=1, attention=(False, False), groups=4, dropout=0.1)'
+FIELDS = {'network': NETWORK, 'grid': 'uniform(4)', 'train.steps': 4, 'train.batch': 16, 'train.ema': (0.9, 0.99),
+          'optimizer.warmup': 2, 'checkpoint.every': 2, 'log.every': 1, 'sample.count': 0, 'sample.batch': 16,
+          'evaluate.count': 0, 'mesh': 'data=2'}
+
+
+def tiny(**fields):
+  """configs/base.py with FIELDS and then `fields`, whose names have __ for a dot."""
+  config = base.get_config()
+  config.update_from_flattened_dict(FIELDS | {name.replace('__', '.'): value for name, value in fields.items()})
+  return config
+
+
+def trained_state(config, workdir):
+  """The leaves of the newest checkpoint, as numpy arrays."""
+  import jax
+  this = runs.open_run(config, Path(workdir), read=False)
+  return [np.asarray(leaf) for leaf in jax.tree.leaves(runs.trained(this))]
+
+
+def losses(workdir):
+  """{step: loss} of metrics.jsonl."""
+  lines = map(json.loads, (Path(workdir) / 'metrics.jsonl').read_text().splitlines())
+  return {line['step']: line['loss'] for line in lines}
+
+
+def flags(**fields):
+  """FIELDS and `fields` as command-line flags."""
+  merged = FIELDS | {name.replace('__', '.'): value for name, value in fields.items()}
+  return [f'--config.{name}={value}' for name, value in merged.items()]
+
+
+def start(workdir, *words, config='configs/base.py', **options):
+  """Start python -m diffusion_jax.main in a process of its own."""
+  command = [sys.executable, '-m', 'diffusion_jax.main', f'--workdir={workdir}', *words]
+  command += [f'--config={config}'] if config else []
+  return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                          env=os.environ | {'PYTHONWARNINGS': 'default'}, **options)
+
+
+def command(workdir, *words, **options):
+  """Run it to its end: (exit status, all that it printed)."""
+  process = start(workdir, *words, **options)
+  output, _ = process.communicate(timeout=300)
+  return process.returncode, output

@@ -1,0 +1,130 @@
+"""The program as it is typed: a process of its own, killed, stopped, short of disk, or given nonsense."""
+import random
+import resource
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from diffusion_jax.jobs import train
+from tests.jobs.runs import ROOT, command, flags, losses, start, tiny, trained_state
+
+SLOW_STEPS = dict(checkpoint__every=1, train__steps=40)  # a save, or a part of one, at every instant
+
+
+@pytest.fixture(scope='module')
+def undisturbed(tmp_path_factory):
+  """The same run, never interrupted."""
+  workdir = tmp_path_factory.mktemp('undisturbed') / 'run'
+  train.run(tiny(**SLOW_STEPS), workdir)
+  return workdir
+
+
+def equal(workdir, other):
+  for a, b in zip(trained_state(tiny(**SLOW_STEPS), workdir), trained_state(tiny(**SLOW_STEPS), other), strict=True):
+    np.testing.assert_array_equal(a, b)
+  assert losses(workdir) == losses(other)
+
+
+def wait_for_step(process, step):
+  """Read what the process prints until it has logged `step`, or ends."""
+  for line in process.stdout:
+    if line.startswith(f'step {step}/'):
+      return
+
+
+def killed_run(workdir, kills, seed):
+  """Kill -9 the run at random instants of its training, then let it end. Returns how often it was killed in the loop."""
+  rng, struck = random.Random(seed), 0
+  for kill in range(kills):
+    process = start(workdir, *flags(**SLOW_STEPS))
+    wait_for_step(process, (kill + 1) * 36 // kills - rng.randrange(8))
+    time.sleep(rng.uniform(0, 0.03))
+    struck += process.poll() is None
+    process.kill()
+    process.communicate()
+  status, output = command(workdir, *flags(**SLOW_STEPS))
+  assert status == 0 and 'Finished at step 40' in output, output
+  return struck
+
+
+def test_kill_9_loses_nothing(tmp_path, undisturbed):
+  assert killed_run(tmp_path / 'run', kills=3, seed=0) == 3
+  equal(tmp_path / 'run', undisturbed)
+
+
+@pytest.mark.slow
+def test_kill_9_loses_nothing_at_thirty_instants(tmp_path, undisturbed):
+  for seed in range(10):
+    assert killed_run(tmp_path / str(seed), kills=3, seed=seed + 1) >= 2
+    equal(tmp_path / str(seed), undisturbed)
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_sigterm_and_ctrl_c_save_and_leave(tmp_path, undisturbed, number):
+  workdir = tmp_path / 'run'
+  process = start(workdir, *flags(checkpoint__every=1000, train__steps=40))
+  wait_for_step(process, 5)
+  process.send_signal(number)
+  output, _ = process.communicate(timeout=120)
+  assert process.returncode == 128 + number
+  assert f'{number.name} at step' in output and 'Type the same command' in output and 'Traceback' not in output
+  train.run(tiny(checkpoint__every=1000, train__steps=40), workdir)
+  equal(workdir, undisturbed)
+
+
+def test_a_full_disk_is_said_and_the_run_goes_on_after_it(tmp_path):
+  """A limit on the size of files stands for the full disk: writing fails in the same place."""
+  limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+  status, output = command(tmp_path / 'run', *flags(), preexec_fn=limit)
+  assert status == 1
+  assert 'A checkpoint could not be saved' in output and 'There is no complete one' in output, output
+  assert 'Finished' not in output
+  assert command(tmp_path / 'run', *flags())[0] == 0
+
+
+def test_help_is_quick():
+  began = time.perf_counter()
+  process = start('unused', '--help', config=None)
+  output, _ = process.communicate(timeout=60)
+  assert '--mode' in output and '--config' in output
+  assert time.perf_counter() - began < 3
+
+
+SENTENCES = {
+    'misspelt field': (['--config.train.stepz=3'], 'Did you mean "steps"'),
+    'misspelt group': (['--config.trian.steps=3'], 'Did you mean "train"'),
+    'illegal value': (['--config.train.steps=0'], 'ERROR: config.train.steps is 0; it must be 1 or more.'),
+    'unknown component': (['--config.solver=dimm()'], "Did you mean 'ddim'"),
+}
+
+
+@pytest.mark.parametrize('case', SENTENCES)
+def test_bad_words_get_a_sentence_and_no_traceback(tmp_path, case):
+  words, sentence = SENTENCES[case]
+  status, output = command(tmp_path / 'run', *words)
+  assert status == 1 and sentence in output, output
+  assert 'illegal' not in case or 'Traceback' not in output
+
+
+@pytest.mark.parametrize('mode', ['sample', 'evaluate', 'train'])
+def test_an_empty_workdir_gets_a_sentence(tmp_path, mode):
+  status, output = command(tmp_path / 'nothing', f'--mode={mode}', config=None)
+  assert status == 1 and str(tmp_path / 'nothing') in output and '--config=configs/digits.py' in output, output
+  assert not (tmp_path / 'nothing').exists()
+
+
+def test_sample_and_overrides_from_the_workdir(tmp_path):
+  """--mode=sample reads the config of the workdir, and takes overrides of it."""
+  assert command(tmp_path / 'run', *flags(train__steps=1))[0] == 0
+  status, output = command(tmp_path / 'run', '--mode=sample', '--config.sample.count=3', '--config.solver=heun()', config=None)
+  assert status == 0 and 'samples.png' in output, output
+  assert np.load(tmp_path / 'run' / 'samples' / 'samples.npz')['x'].shape == (3, 8, 8, 1)
+  status, output = command(tmp_path / 'run', '--mode=sample', '--config.schedule=flow()', config=None)
+  assert status == 1 and "config.schedule: 'cosine()' there, 'flow()' now" in output
+
+
+def test_the_readme_commands_exist():
+  text = (ROOT / 'README.md').read_text()
+  assert 'bash run.sh\n' in text and 'bash run.sh test' in text

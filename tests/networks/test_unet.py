@@ -1,0 +1,256 @@
+"""The U-Net: published size, every shape it takes, what moves its output and what must not."""
+import itertools
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+from jax import numpy as jnp
+
+from diffusion_jax.build import build
+from diffusion_jax.networks.embed import Conditioning
+from diffusion_jax.networks.unet import ResBlock, UNet
+
+SMALL = dict(channels=8, multipliers=(1, 2), blocks=1, attention=(False, True), groups=4)
+RICH = dict(**SMALL, head_channels=4, dropout=0.3)
+BATCH = 3
+quick = partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})  # compiling is most of the time here
+
+
+def inputs(space=(4, 4), sequence=True, seed=0):
+  """x, feature, conditioning of every kind, dropout keys."""
+  rng = np.random.default_rng(seed)
+  draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+  mask = np.arange(5)[None] < np.array([5, 3, 2])[:, None]
+  cond = Conditioning(draw(BATCH, 32), draw(BATCH, 5, 6) if sequence else None, mask if sequence else None,
+                      draw(BATCH, *space, 2))
+  return draw(BATCH, *space, 3), draw(BATCH), cond, jax.random.split(jax.random.key(seed), BATCH)
+
+
+def fill(shapes, seed=1):
+  """Parameters without a zero among them: kernels of unit gain, biases and scales moved off 0 and 1."""
+  rng = np.random.default_rng(seed)
+  def leaf(path, shape):
+    value = rng.normal(size=shape.shape)
+    kind = path[-1].key
+    if kind == 'kernel':
+      value /= np.sqrt(np.prod(shape.shape[:-1]))
+    elif kind in ('bias', 'scale'):
+      value = 0.2 * value + (kind == 'scale')
+    return jnp.asarray(value, shape.dtype)
+  return jax.tree_util.tree_map_with_path(leaf, shapes)
+
+
+def shapes_of(net, *args):
+  return jax.eval_shape(net.init, jax.random.key(0), *args)
+
+
+def make_call(net, params, args):
+  """(params, x, feature, conditioning, keys) -> (output, gradient of a random projection of it), compiled once."""
+  probe = jnp.asarray(np.random.default_rng(2).normal(size=args[0].shape), jnp.float32)
+  def objective(params, *args):
+    out = net.apply(params, *args)
+    return (out * probe).sum(), out
+  @quick
+  def call(params, *args):
+    grads, out = jax.grad(objective, has_aux=True)(params, *args)
+    return out, grads
+  return call
+
+
+@pytest.fixture(scope='module')
+def rich():
+  """A network with dropout and every kind of conditioning: (params, call, args)."""
+  args = inputs()
+  net = UNet(**RICH)
+  params = fill(shapes_of(net, *args))
+  return params, make_call(net, params, args), args
+
+
+def changed(rich, **new):
+  """The largest change of each row's output where inputs are replaced, relative to the output's size."""
+  params, call, (x, feature, cond, keys) = rich
+  before, _ = call(params, x, feature, cond, keys)
+  after, _ = call(params, new.pop('x', x), new.pop('feature', feature), cond._replace(**new.pop('cond', {})),
+                  new.pop('keys', keys))
+  assert not new
+  return np.abs(after - before).max((1, 2, 3)) / np.std(before)
+
+
+def test_ddpm_has_its_published_size():
+  """35.7 M on CIFAR-10, arXiv:2006.11239, appendix B; counted from the published checkpoint."""
+  shapes = shapes_of(UNet(3, frequency_shift=1), jnp.zeros((1, 32, 32, 3)), jnp.zeros(1))
+  assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 35_746_307
+
+
+CASES = list(itertools.product((1, 2, 3), ('add', 'scale_shift'), ('conv', 'block')))
+
+
+@pytest.mark.parametrize('axes, modulation, resample', CASES)
+def test_shapes_and_types(axes, modulation, resample):
+  space = (4, 6, 2)[:axes]
+  net = UNet(**SMALL, out_channels=5, axes=axes, modulation=modulation, resample=resample, dtype=jnp.bfloat16)
+  args = inputs(space)
+  params = shapes_of(net, *args)
+  out = jax.eval_shape(net.apply, params, *args)
+  assert (out.shape, out.dtype) == ((BATCH, *space, 5), jnp.float32)
+  assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
+
+
+def states_of(net, params, *args):
+  """{block: shape of its output}."""
+  _, states = jax.eval_shape(partial(net.apply, capture_intermediates=True, mutable='intermediates'), params, *args)
+  entries = states['intermediates'].items()
+  return {name: value['__call__'][0].shape for name, value in entries if '__call__' in value}
+
+
+@pytest.mark.parametrize('resample', ['conv', 'block'])
+def test_kernel_and_stride_an_axis(resample):
+  """Frames are left apart: three of them, which 2 does not divide, are neither convolved nor resampled."""
+  net = UNet(**SMALL, axes=3, kernel=(1, 3, 5), stride=(1, 2, 4), resample=resample)
+  x, feature, *_ = inputs((3, 4, 8))
+  params = shapes_of(net, x, feature)
+  states = states_of(net, params, x, feature)
+  assert states['down_0_0'] == (BATCH, 3, 4, 8, 8)
+  assert states['middle_0'] == (BATCH, 3, 2, 2, 16)
+  assert states['up_0_0'] == (BATCH, 3, 4, 8, 8)
+  kernels = {leaf.shape[:3] for leaf in jax.tree.leaves(params) if len(leaf.shape) == 5}
+  assert kernels == {(1, 3, 5)}
+
+
+def test_three_axes_have_no_dead_layer():
+  """kernel and stride an axis, scale and shift, resampling in blocks, skip_rescale, in numbers."""
+  net = UNet(**SMALL | {'attention': (False, False)}, axes=3, kernel=(1, 3, 3), stride=(1, 2, 2),
+             modulation='scale_shift', resample='block', skip_rescale=True)
+  args = inputs((3, 2, 2), sequence=False)
+  params = fill(shapes_of(net, *args))
+  out, grads = make_call(net, params, args)(params, *args)
+  assert out.shape == args[0].shape and np.isfinite(out).all()
+  assert_alive(grads)
+
+
+def assert_alive(grads):
+  leaves = jax.tree_util.tree_leaves_with_path(grads)
+  largest = max(float(np.abs(leaf).max()) for _, leaf in leaves)
+  dead = [jax.tree_util.keystr(path) for path, leaf in leaves if not np.abs(leaf).max() > 1e-5 * largest]
+  assert not dead
+
+
+def test_no_layer_is_dead(rich):
+  params, call, args = rich
+  _, grads = call(params, *args)
+  assert_alive(grads)
+
+
+def test_a_fresh_network_says_zero(rich):
+  _, call, args = rich
+  params = quick(UNet(**RICH).init)(jax.random.key(3), *args)
+  out, grads = call(params, *args)
+  np.testing.assert_array_equal(out, np.zeros_like(out))
+  assert np.abs(grads['params']['out']['kernel']).max() > 1e-3  # and yet it learns
+
+
+def test_every_input_moves_the_output(rich):
+  _, _, (x, feature, cond, keys) = rich
+  for name in ('vector', 'sequence', 'channels'):
+    swapped = changed(rich, cond={name: getattr(cond, name)[::-1]})[::2]  # the middle row stays where it is
+    assert (swapped > 1e-2).all(), name
+  assert (changed(rich, feature=feature + 0.5) > 1e-2).all()
+  assert (changed(rich, x=x + 0.5 * x**2) > 1e-2).all()
+  assert (changed(rich, keys=jax.random.split(jax.random.key(9), BATCH)) > 1e-2).all()
+
+
+def test_masked_entries_of_the_sequence_do_not_matter(rich):
+  cond = rich[2][2]
+  noise = np.where(cond.mask[..., None], cond.sequence, 100.0).astype(np.float32)
+  np.testing.assert_array_equal(changed(rich, cond={'sequence': noise}), 0)
+  assert (changed(rich, cond={'mask': np.ones_like(cond.mask)})[1:] > 1e-3).all()
+
+
+def test_a_row_does_not_see_the_others(rich):
+  """Row 0 keeps its output where all others change, and a permutation of the rows permutes the outputs."""
+  params, call, args = rich
+  x, feature, cond, keys = args
+  other = inputs(seed=5)
+  mix = lambda a, b: jnp.concatenate([a[:1], b[1:]])
+  diff = changed(rich, x=mix(x, other[0]), feature=mix(feature, other[1]), keys=mix(keys, other[3]),
+                 cond=jax.tree.map(mix, cond, other[2])._asdict())
+  assert diff[0] < 1e-5 and (diff[1:] > 1e-2).all()
+  order = np.array([2, 0, 1])
+  out, _ = call(params, *args)
+  moved, _ = call(params, *jax.tree.map(lambda a: a[order], args))
+  np.testing.assert_allclose(moved, out[order], rtol=1e-4, atol=1e-5)
+
+
+def test_remat_changes_nothing(rich):
+  """The same parameters, dropout masks, output and gradients."""
+  params, call, args = rich
+  net = UNet(**RICH, remat=True)
+  assert jax.tree.map(jnp.shape, shapes_of(net, *args)) == jax.tree.map(jnp.shape, params)
+  for ours, theirs in zip(make_call(net, params, args)(params, *args), call(params, *args), strict=True):
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max())
+
+
+def test_remat_is_there():
+  """With it, the backward pass computes each block again: its program has more convolutions."""
+  x, feature, *_ = inputs()
+  count = {}
+  for remat in (False, True):
+    net = UNet(**SMALL, remat=remat)
+    params = shapes_of(net, x, feature)
+    grad = jax.grad(lambda params, net=net: net.apply(params, x, feature).sum())
+    count[remat] = str(jax.make_jaxpr(grad)(params)).count('conv_general_dilated[')
+  assert count[True] > count[False]
+
+
+def test_bfloat16_is_near_float32(rich):
+  params, call, args = rich
+  exact, _ = call(params, *args)
+  out = quick(UNet(**RICH, dtype=jnp.bfloat16).apply)(params, *args)
+  assert out.dtype == jnp.float32
+  error = np.sqrt(np.mean((out - exact)**2)) / np.std(exact)
+  assert 1e-4 < error < 0.05  # eight bits of mantissa: neither float32 in disguise nor broken
+
+
+@pytest.mark.parametrize('channels', [12, 32, 64])
+def test_a_block_hears_the_time(channels):
+  """Whatever the width: the group norm that follows must not take the added time out again."""
+  block = ResBlock(channels, 1, (3,), (2,))
+  rng = np.random.default_rng(0)
+  x, time = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 6, channels), (2, 16)))
+  params = fill(shapes_of(block, x, time))
+  out, other = block.apply(params, x, time), block.apply(params, x, -time)
+  assert np.abs(out - other).max() > 1e-2 * np.std(out)
+
+
+WRONG = {
+    'modulation': (dict(modulation='film'), (4, 4), r"modulation='film'; it knows \('add', 'scale_shift'\)"),
+    'resample': (dict(resample='pool'), (4, 4), r"resample='pool'; it knows \('conv', 'block'\)"),
+    'attention': (dict(attention=(True,)), (4, 4), r'has 2 levels, multipliers=\(1, 2\), but attention=\(True,\)'),
+    'axes': (dict(axes=3), (4, 4), r'axes=3 needs x of 5 axes.* got shape \(3, 4, 4, 3\)'),
+    'size': ({}, (4, 5), r'2 levels needs sizes divisible by \(2, 2\); got \(4, 5\)'),
+    'three levels': (dict(multipliers=(1, 1, 1), attention=(False,) * 3), (4, 6), r'divisible by \(4, 4\); got \(4, 6\)'),
+    'heads': (dict(head_channels=5), (4, 4), '16 channels cannot have heads of 5'),
+    'sinusoid': (dict(channels=7), (4, 4), 'sinusoid needs an even size'),
+    'kernel': (dict(kernel=(1, 3, 3)), (4, 4), r'(?s)kernel.*axes'),
+    'stride': (dict(stride=(1, 2, 2)), (4, 4), r'(?s)stride.*axes'),
+}
+
+
+@pytest.mark.parametrize('name', WRONG)
+def test_wrong_fields_get_a_sentence(name):
+  fields, space, sentence = WRONG[name]
+  x, feature, *_ = inputs(space)
+  with pytest.raises(ValueError, match=sentence):
+    shapes_of(UNet(**SMALL | fields), x, feature)
+
+
+def test_built_from_a_call_string():
+  names = {'UNet': UNet}
+  net = build('UNet(channels=8, multipliers=(1,2), attention=(False,True), groups=4, stride=(2, 1))', names)
+  assert (net.channels, net.attention, net.blocks) == (8, (False, True), 2)
+  x, feature, *_ = inputs((2, 3))
+  assert jax.eval_shape(net.apply, shapes_of(net, x, feature), x, feature).shape == (BATCH, 2, 3, 3)
+  with pytest.raises(ValueError, match=r"unexpected keyword argument 'chanels'.*Its form is UNet\(out_channels=3, channels"):
+    build('UNet(chanels=8)', names)

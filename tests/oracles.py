@@ -1,0 +1,111 @@
+"""Data laws whose denoiser E[x0 | xt] is known in closed form, to hold solvers, losses and guidance against.
+
+A denoiser here reads alpha and sigma of the level alone; it takes x of any shape [B, ...] with d entries an example.
+"""
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+from jax.scipy import stats
+
+from diffusion_jax.core.types import Estimate
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Gaussian:
+  """x0 ~ N(mean, covariance), with mean [d] and covariance [d, d]."""
+  mean: np.ndarray
+  covariance: np.ndarray
+
+  @property
+  def modes(self):
+    """Variances [d] along the principal axes, and the axes [d, d] as columns."""
+    return np.linalg.eigh(np.asarray(self.covariance))
+
+  def sample(self, keys):
+    variances, axes = self.modes
+    root = axes * np.sqrt(variances)[None]
+    return jax.vmap(lambda key: np.asarray(self.mean) + root @ jax.random.normal(key, (len(variances),)))(keys)
+
+  def denoiser(self, process):
+    """E[x0 | xt] = m + a C (a^2 C + s^2)^-1 (xt - a m), mode by mode."""
+    variances, axes = self.modes
+    def one(x, alpha, sigma):
+      gain = alpha * variances / (alpha**2 * variances + sigma**2)
+      return np.asarray(self.mean) + axes @ (gain * (axes.T @ (x - alpha * np.asarray(self.mean))))
+    return lambda x, level, cond=None: Estimate(_each(one, x, level))
+
+  def flow_map(self, x, t, s):
+    """Where the probability-flow ODE carries x from level t to level s: every mode keeps its quantile."""
+    variances, axes = self.modes
+    mean = np.asarray(self.mean)
+    def one(x, alpha_t, sigma_t, alpha_s, sigma_s):
+      stretch = jnp.sqrt((alpha_s**2 * variances + sigma_s**2) / (alpha_t**2 * variances + sigma_t**2))
+      return alpha_s * mean + axes @ (stretch * (axes.T @ (x - alpha_t * mean)))
+    return _each(one, x, t, s)
+
+  def log_density(self, x, level):
+    """log density of xt at the level; (alpha, sigma) = (1, 0) is that of the data. [B]"""
+    identity = np.eye(len(self.mean))
+    one = lambda x, alpha, sigma: stats.multivariate_normal.logpdf(
+      x, alpha * np.asarray(self.mean), alpha**2 * np.asarray(self.covariance) + sigma**2 * identity)
+    return _each(one, x, level)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Mixture:
+  """x0 ~ sum_k weights_k N(means_k, stds_k^2), with weights [K], means [K, d] and stds a number or [K]."""
+  weights: np.ndarray
+  means: np.ndarray
+  stds: np.ndarray | float
+
+  def sample(self, keys):
+    means, stds = np.asarray(self.means), np.broadcast_to(self.stds, len(self.weights))
+    def one(key):
+      which, noise = jax.random.split(key)
+      k = jax.random.choice(which, len(self.weights), p=np.asarray(self.weights))
+      return jnp.asarray(means)[k] + jnp.asarray(stds)[k] * jax.random.normal(noise, means.shape[1:])
+    return jax.vmap(one)(keys)
+
+  def denoiser(self, process):
+    """The means of the components given xt, weighted by their probabilities given xt."""
+    means, stds = np.asarray(self.means), np.broadcast_to(self.stds, len(self.weights))
+    def one(x, alpha, sigma):
+      gain = alpha * stds**2 / (alpha**2 * stds**2 + sigma**2)
+      given = means + gain[:, None] * (x[None] - alpha * means)
+      return jax.nn.softmax(self._joint(x, alpha, sigma)) @ given
+    return lambda x, level, cond=None: Estimate(_each(one, x, level))
+
+  def log_density(self, x, level):
+    """log density of xt at the level; (alpha, sigma) = (1, 0) is that of the data. [B]"""
+    return _each(lambda *place: jax.nn.logsumexp(self._joint(*place)), x, level)
+
+  def _joint(self, x, alpha, sigma):
+    """log density of xt and the component, [K]."""
+    variance = alpha**2 * np.broadcast_to(self.stds, len(self.weights))**2 + sigma**2
+    far = jnp.sum((x[None] - alpha * np.asarray(self.means))**2, 1)
+    return np.log(self.weights) - 0.5 * (far / variance + len(x) * jnp.log(2 * np.pi * variance))
+
+
+@dataclasses.dataclass(frozen=True)
+class Independent:
+  """Every entry ~ N(mean, std^2) on its own: for scalars [B] and pytrees of any shape, without sums over entries."""
+  mean: float
+  std: float
+
+  def denoiser(self, process):
+    def denoise(x, level, cond=None):
+      gain = level.alpha * self.std**2 / (level.alpha**2 * self.std**2 + level.sigma**2)
+      column = lambda a, leaf: a.reshape(a.shape + (1,) * (leaf.ndim - a.ndim))
+      one = lambda leaf: self.mean + column(gain, leaf) * (leaf - self.mean * column(level.alpha, leaf))
+      return Estimate(jax.tree.map(one, x))
+    return denoise
+
+
+def _each(function: Callable, x, *levels):
+  """function(x [d], alpha, sigma, ...) for every example, whose levels have entries () or [B]."""
+  places = [jnp.broadcast_to(entry, len(x)) for level in levels for entry in (level.alpha, level.sigma)]
+  out = jax.vmap(function)(x.reshape(len(x), -1), *places)
+  return out.reshape(x.shape) if out.ndim == 2 else out
