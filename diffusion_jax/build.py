@@ -50,7 +50,7 @@ def _build(node: ast.AST, text: str, names: dict[str, Callable]) -> Any:
   if not isinstance(node, ast.Call):
     try:
       return ast.literal_eval(node)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
       raise ValueError(f'{text!r} contains {ast.unparse(node)!r}: calls, names and literals are legal.') from error
   function = _find(ast.unparse(node.func), text, names)
   arguments = [_build(argument, text, names) for argument in node.args]

@@ -20,16 +20,16 @@ config_flags.DEFINE_config_file('config', None, 'A file of configs/; sample and 
 
 
 def parse(argv: list[str]) -> list[str]:
-  """Parse the flags; where --config is left out, the workdir's config stands in, so that fields of it can be overridden."""
-  given = lambda name: [word for word in argv if word.lstrip('-').split('=')[0] == name]
-  if not given('config') and given('workdir'):
-    words = iter(argv)
-    workdir = next(word.partition('=')[2] or next(words) for word in words if word.lstrip('-').split('=')[0] == 'workdir')
-    if (Path(workdir) / 'config.json').exists():
-      stored = Path(__file__).parent / 'runtime' / 'stored.py'
-      argv = [argv[0], f'--config={stored}:{workdir}', *argv[1:]]
+  """Parse the flags, with --config first, which its overrides need. Where it is left out the workdir's config stands in."""
+  named = lambda name: [word for word in argv[1:] if word.lstrip('-').startswith(name + '=')]
+  config, workdir = named('config'), named('workdir')
+  if not config and workdir:
+    folder = workdir[-1].partition('=')[2]
+    if (Path(folder) / 'config.json').exists():
+      config = [f'--config={Path(__file__).parent / "runtime" / "stored.py"}:{folder}']
   logging.set_verbosity(logging.WARNING)  # --verbosity=0 shows what JAX and Orbax have to say
-  return app.parse_flags_with_usage(argv)
+  sys.argv[1:] = [*config, *(word for word in argv[1:] if word not in config)]  # where config_flags looks for overrides
+  return app.parse_flags_with_usage(sys.argv)
 
 
 def main(argv: list[str]) -> None:

@@ -14,7 +14,7 @@ from diffusion_jax.core import grids, guidance, losses, schedules, solvers, targ
 from diffusion_jax.core.processes import Gaussian
 from diffusion_jax.core.solvers import Solver
 from diffusion_jax.core.targets import Target
-from diffusion_jax.core.types import Denoiser, Draw, Network, Schedule, Transform, fold
+from diffusion_jax.core.types import Denoiser, Draw, Network, Schedule, Transform
 from diffusion_jax.networks import embed, unet
 from diffusion_jax.tasks.task import Task
 
@@ -64,8 +64,8 @@ def make_method(config: ConfigDict, task: Task) -> Method:
     x0, cond = task.encode(batch)
     if cond is not None and config.train.drop:
       chance = lambda key: jax.random.bernoulli(key, config.train.drop)
-      cond = {**cond, 'drop': jax.vmap(chance)(fold(draw.keys, 2))}
-    return loss(network(params, fold(draw.keys, 3)), draw, x0, cond), extra, {}
+      cond = {**cond, 'drop': jax.vmap(chance)(draw.part(2).keys)}
+    return loss(network(params, draw.part(3).keys), draw, x0, cond), extra, {}
 
   denoiser = lambda params, extra: targets.denoiser(process, target, network(params))
   return Method(init, training_loss, denoiser, process)

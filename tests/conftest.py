@@ -3,9 +3,12 @@ import os
 import tempfile
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
-os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+# Eight devices; and programs that are compiled fast rather than well, because the suite compiles more than it computes.
+_flags = ' --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0'
+os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + _flags
 _cache = tempfile.TemporaryDirectory(prefix='diffusion_jax_tests_')
 os.environ['XDG_CACHE_HOME'] = _cache.name  # compiled programs of this suite, shared with the processes that it starts
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

@@ -45,10 +45,11 @@ def shift(grid: Grid, factor: float) -> Grid:
 def _at_logsnr(values: np.ndarray) -> Grid:
   def grid(schedule):
     times = np.append(np.asarray(schedules.time_at(schedule, values)), 0.0)
-    if not (np.diff(times) < 0).all():
-      ends = [float(schedules.logsnr_of(schedule, np.float32(t))) for t in (1, 0)]
-      raise ValueError(f'The grid asks for logsnr from {values[0]:.3g} to {values[-1]:.3g}, of which the schedule, with '
-                       f'logsnr from {ends[0]:.3g} to {ends[1]:.3g}, lacks a part: choose ends inside.')
+    end = float(schedules.logsnr_of(schedule, np.float32(1)))
+    if values[0] < end - 1e-4 or not (np.diff(times) < 0).all():
+      raise ValueError(f'The grid asks for logsnr from {values[0]:.4g} to {values[-1]:.4g} nats; the schedule begins, at '
+                       f't = 1, at {end:.4g}, and times nearer than floats to each other or to 0 are no steps: choose ends '
+                       'inside.')
     return times
   return grid
 

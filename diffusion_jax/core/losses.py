@@ -9,7 +9,7 @@ from diffusion_jax.core import targets
 from diffusion_jax.core.processes import Gaussian
 from diffusion_jax.core.targets import Target
 from diffusion_jax.core.times import Times
-from diffusion_jax.core.types import Cond, Draw, Network, combine, fold
+from diffusion_jax.core.types import Cond, Draw, Network, combine
 from diffusion_jax.core.weights import Weight
 
 Loss = Callable[[Network, Draw, PyTree, Cond, PyTree], Array]
@@ -23,8 +23,8 @@ def regression(process: Gaussian, target: Target, times: Times, weight: Weight, 
   the mean over its own count. Returns losses [B].
   """
   def loss(network, draw, x0, cond=None, scored=None):
-    level = process.level(times.sample(process, draw))
-    xt, noise = process.corrupt(fold(draw.keys, 1), x0, level)
+    level = process.level(times.sample(process, draw.part(0)))
+    xt, noise = process.corrupt(draw.part(1).keys, x0, level)
     prediction = network(combine((target.scale(level), xt)), target.feature(level), cond)
     residual = combine((1.0, prediction), (-1.0, targets.value(process, target, level, x0, noise)))
     ratio = (targets.determinant(process, space, level) / targets.determinant(process, target, level))**2

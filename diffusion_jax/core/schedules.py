@@ -2,6 +2,7 @@
 
 Every schedule takes an array of times of any shape and is exact at its ends: t = 0 is (1, 0).
 """
+import math
 from collections.abc import Callable
 
 import jax
@@ -80,7 +81,7 @@ def time_at(schedule: Schedule, logsnr: ArrayLike) -> Array:
   def halve(_, bounds):
     low, high = bounds
     middle = 0.5 * (low + high)
-    before = logsnr_of(schedule, middle) > logsnr  # logsnr falls with t
+    before = logsnr_of(schedule, middle) >= logsnr  # logsnr falls with t
     return jnp.where(before, middle, low), jnp.where(before, high, middle)
   low, _ = jax.lax.fori_loop(0, 80, halve, (jnp.zeros_like(logsnr), jnp.ones_like(logsnr)))
   return low
@@ -91,8 +92,14 @@ def shift(schedule: Schedule, factor: float) -> Callable[[Array], Array]:
 
   On `cosine` this is the shift of simple diffusion (arXiv:2301.11093, sec. 3.1), on `flow` that of Stable Diffusion 3,
   t' = factor t / (1 + (factor - 1) t) (arXiv:2403.03206, eq. 23). It moves the times that are trained and the grid that
-  is sampled (times.shift, grids.shift); the path, its velocity and the network's clock stay as they are.
+  is sampled (times.shift, grids.shift); the path, its velocity and the network's clock stay as they are. Raises
+  ValueError for factor > 1 where the schedule has no such logsnr, because alpha > 0 at t = 1.
   """
   if factor <= 0:
     raise ValueError(f'shift needs factor > 0; got {factor}.')
+  with jax.ensure_compile_time_eval():
+    end = float(logsnr_of(schedule, jnp.ones(())))
+  if factor > 1 and math.isfinite(end):
+    raise ValueError(f'shift by {factor} needs lower logsnr than the {end:.3g} nats at which this schedule ends: take one '
+                     "with alpha = 0 at t = 1, such as 'cosine()' or 'flow()', or give it more noise and no shift.")
   return lambda t: time_at(schedule, logsnr_of(schedule, t) - 2 * jnp.log(factor))

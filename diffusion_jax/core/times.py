@@ -13,7 +13,7 @@ from diffusion_jax.core.types import Draw
 
 
 class Times(NamedTuple):
-  """A law of t. `sample` gives one t in (0, 1] for each row of the draw; `density` is per unit of t."""
+  """A law of t. `sample` gives one t in (0, 1) for each row of the draw; `density` is per unit of t."""
   sample: Callable[[Gaussian, Draw], Array]
   density: Callable[[Gaussian, Array], Array]
 
@@ -53,9 +53,10 @@ def shift(times: Times, factor: float) -> Times:
   def sample(process, draw):
     return schedules.shift(process.schedule, factor)(times.sample(process, draw))
   def density(process, t):
-    before = schedules.shift(process.schedule, 1 / factor)(t)
-    slope = lambda t: process.logsnr_slope(process.level(t))
-    return times.density(process, before) * slope(t) / slope(before)
+    before = process.level_at(process.level(t).logsnr + 2 * jnp.log(factor))
+    inside = process.level(t).logsnr + 2 * jnp.log(factor) >= process.level(1.0).logsnr
+    ratio = process.logsnr_slope(process.level(t)) / process.logsnr_slope(before)
+    return jnp.where(inside, times.density(process, before.t) * ratio, 0.0)
   return Times(sample, density)
 
 
@@ -65,7 +66,10 @@ def _check_band(t_min: float, t_max: float) -> None:
 
 
 def _from_unit(draw_unit: Callable[[Draw], Array], t_min: float, t_max: float) -> Times:
-  """Times that are linear in u ~ U[0, 1): t = t_max - u (t_max - t_min), which never is t_min, so never 0."""
+  """Times that are linear in u ~ U(0, 1): t = t_max - u (t_max - t_min), which never is 0 or 1, where targets are singular."""
   def density(process, t):
     return jnp.where((t >= t_min) & (t <= t_max), 1 / (t_max - t_min), 0.0)
-  return Times(lambda process, draw: t_max - draw_unit(draw) * (t_max - t_min), density)
+  def sample(process, draw):
+    u = jnp.maximum(draw_unit(draw), 2.0**-24)  # jax.random.uniform can be 0; this is the least that moves 1 in float32
+    return t_max - u * (t_max - t_min)
+  return Times(sample, density)

@@ -40,6 +40,10 @@ class Draw(NamedTuple):
   def keys(self) -> Key[Array, 'batch']:
     return example_keys(self.key, self.index)
 
+  def part(self, purpose: int) -> 'Draw':
+    """The randomness for one purpose, independent of that for every other."""
+    return self._replace(key=jax.random.fold_in(self.key, purpose))
+
 
 Schedule = Callable[[Array], tuple[Array, Array]]  # t -> (alpha, sigma)
 Network = Callable[[PyTree, Array, Cond], PyTree]  # (scaled xt, time feature [B], cond) -> prediction; params bound

@@ -70,6 +70,7 @@ SOLVERS = {
   'heun': solvers.heun(),
   'dpm_2m': solvers.dpm_2m(),
 }
+ROWS = {name: solver for name, solver in SOLVERS.items() if '(' not in name}  # one of each, for what costs time
 
 LAW = oracles.Gaussian([0.5, -0.3], [[0.5, 0.2], [0.2, 0.3]])
 MIXTURE = oracles.Mixture([0.3, 0.7], [[1.0, 0.5], [-0.6, -0.4]], [0.3, 0.2])

@@ -71,8 +71,8 @@ def test_a_shift_beyond_the_end_is_an_error(name):
 
 
 @pytest.mark.parametrize('grid, name, sentence', [
-  (grids.logsnr(8, -30.0, 9.0), 'linear', r'logsnr from -30 to 9, of which the schedule, with logsnr from -10 to inf, lacks'),
-  (grids.karras(8, 0.002, 100.0), 'karras', r'logsnr from -9.21 to 12.4, of which the schedule, with logsnr from -8.76 to'),
+  (grids.logsnr(8, -30.0, 9.0), 'linear', 'logsnr from -30 to 9 nats; the schedule begins, at t = 1, at -10'),
+  (grids.karras(8, 0.002, 100.0), 'karras', 'logsnr from -9.21 to 12.43 nats; the schedule begins, at t = 1, at -8.764'),
 ])
 def test_a_range_that_the_schedule_lacks_is_an_error(grid, name, sentence):
   with pytest.raises(ValueError, match=sentence):

@@ -37,7 +37,7 @@ def levels(schedule):
 
 @over('schedule', SCHEDULES)
 def test_the_ways_to_two_levels_have_one_law(schedule):
-  """corrupt to s and forward to t; corrupt to t and reverse to s: both are standard normal with the same correlation."""
+  """corrupt to s and forward to t; corrupt to t and reverse to s: standard normal, with the same correlation."""
   process, s, t = levels(schedule)
   first, second = split(keys(COUNT), 2)
   below, _ = process.corrupt(first, X0, s)

@@ -44,8 +44,9 @@ def test_velocity_is_the_rate_of_xt(schedule, x64):
   process, h = Gaussian(schedule), 1e-6
   level, x0, noise, _ = noised(process, T)
   at = lambda t: np.asarray(schedule(t)[0])[:, None] * x0 + np.asarray(schedule(t)[1])[:, None] * noise
+  rate = (at(T + h) - at(T - h)) / (2 * h)
   np.testing.assert_allclose(
-    targets.value(process, targets.velocity(), level, x0, noise), (at(T + h) - at(T - h)) / (2 * h), rtol=1e-7, atol=1e-7)
+    targets.value(process, targets.velocity(), level, x0, noise), rate, rtol=1e-7, atol=1e-7)
 
 
 def test_score_is_the_gradient_of_the_log_density(x64):
@@ -91,7 +92,8 @@ def test_the_network_gets_one_feature_an_example(shape):
   process, seen = Gaussian(SCHEDULES['cosine']), []
   network = lambda x, feature, cond: seen.append((x, feature, cond)) or jax.tree.map(jnp.zeros_like, x)
   x = {'a': jax.random.normal(keys(1)[0], (4, 3)), 'b': jnp.ones((4, 2, 2))}
-  estimate = targets.denoiser(process, targets.v(), network)(x, process.level(jnp.full(shape, 0.25)), {'label': jnp.arange(4)})
+  level, cond = process.level(jnp.full(shape, 0.25)), {'label': jnp.arange(4)}
+  estimate = targets.denoiser(process, targets.v(), network)(x, level, cond)
   np.testing.assert_array_equal(seen[0][1], np.full(4, 250.0))
   np.testing.assert_array_equal(seen[0][2]['label'], np.arange(4))
   np.testing.assert_allclose(estimate.x0['b'], np.full((4, 2, 2), np.cos(np.pi / 8)), rtol=1e-6)

@@ -43,12 +43,14 @@ def flags(**fields):
   return [f'--config.{name}={value}' for name, value in merged.items()]
 
 
-def start(workdir, *words, config='configs/base.py', **options):
-  """Start python -m diffusion_jax.main in a process of its own."""
-  command = [sys.executable, '-m', 'diffusion_jax.main', f'--workdir={workdir}', *words]
-  command += [f'--config={config}'] if config else []
+def start(workdir, *words, config='configs/base.py', file_limit=None):
+  """Start python -m diffusion_jax.main in a process of its own, which may write files of at most file_limit KiB."""
+  config = [f'--config={config}'] if config else []
+  command = [sys.executable, '-m', 'diffusion_jax.main', f'--workdir={workdir}', *words, *config]
+  if file_limit:
+    command = ['bash', '-c', f'ulimit -f {file_limit}; exec "$@"', 'bash', *command]
   return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                          env=os.environ | {'PYTHONWARNINGS': 'default'}, **options)
+                          env=os.environ | {'PYTHONUNBUFFERED': '1'})
 
 
 def command(workdir, *words, **options):

@@ -1,6 +1,5 @@
 """The program as it is typed: a process of its own, killed, stopped, short of disk, or given nonsense."""
 import random
-import resource
 import signal
 import time
 
@@ -10,7 +9,7 @@ import pytest
 from diffusion_jax.jobs import train
 from tests.jobs.runs import ROOT, command, flags, losses, start, tiny, trained_state
 
-SLOW_STEPS = dict(checkpoint__every=1, train__steps=40)  # a save, or a part of one, at every instant
+SLOW_STEPS = dict(checkpoint__every=1, train__steps=16)  # a save, or a part of one, at every instant
 
 
 @pytest.fixture(scope='module')
@@ -39,13 +38,13 @@ def killed_run(workdir, kills, seed):
   rng, struck = random.Random(seed), 0
   for kill in range(kills):
     process = start(workdir, *flags(**SLOW_STEPS))
-    wait_for_step(process, (kill + 1) * 36 // kills - rng.randrange(8))
+    wait_for_step(process, (kill + 1) * 15 // kills - rng.randrange(4))
     time.sleep(rng.uniform(0, 0.03))
     struck += process.poll() is None
     process.kill()
     process.communicate()
   status, output = command(workdir, *flags(**SLOW_STEPS))
-  assert status == 0 and 'Finished at step 40' in output, output
+  assert status == 0 and 'Finished at step 16' in output, output
   return struck
 
 
@@ -64,20 +63,19 @@ def test_kill_9_loses_nothing_at_thirty_instants(tmp_path, undisturbed):
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_sigterm_and_ctrl_c_save_and_leave(tmp_path, undisturbed, number):
   workdir = tmp_path / 'run'
-  process = start(workdir, *flags(checkpoint__every=1000, train__steps=40))
+  process = start(workdir, *flags(checkpoint__every=1000, train__steps=16))
   wait_for_step(process, 5)
   process.send_signal(number)
   output, _ = process.communicate(timeout=120)
   assert process.returncode == 128 + number
   assert f'{number.name} at step' in output and 'Type the same command' in output and 'Traceback' not in output
-  train.run(tiny(checkpoint__every=1000, train__steps=40), workdir)
+  train.run(tiny(checkpoint__every=1000, train__steps=16), workdir)
   equal(workdir, undisturbed)
 
 
 def test_a_full_disk_is_said_and_the_run_goes_on_after_it(tmp_path):
   """A limit on the size of files stands for the full disk: writing fails in the same place."""
-  limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-  status, output = command(tmp_path / 'run', *flags(), preexec_fn=limit)
+  status, output = command(tmp_path / 'run', *flags(), file_limit=100)
   assert status == 1
   assert 'A checkpoint could not be saved' in output and 'There is no complete one' in output, output
   assert 'Finished' not in output

@@ -230,7 +230,7 @@ WRONG = {
     'attention': (dict(attention=(True,)), (4, 4), r'has 2 levels, multipliers=\(1, 2\), but attention=\(True,\)'),
     'axes': (dict(axes=3), (4, 4), r'axes=3 needs x of 5 axes.* got shape \(3, 4, 4, 3\)'),
     'size': ({}, (4, 5), r'2 levels needs sizes divisible by \(2, 2\); got \(4, 5\)'),
-    'three levels': (dict(multipliers=(1, 1, 1), attention=(False,) * 3), (4, 6), r'divisible by \(4, 4\); got \(4, 6\)'),
+    'levels': (dict(multipliers=(1, 1, 1), attention=(False,) * 3), (4, 6), r'divisible by \(4, 4\); got \(4, 6\)'),
     'heads': (dict(head_channels=5), (4, 4), '16 channels cannot have heads of 5'),
     'sinusoid': (dict(channels=7), (4, 4), 'sinusoid needs an even size'),
     'kernel': (dict(kernel=(1, 3, 3)), (4, 4), r'(?s)kernel.*axes'),
@@ -252,5 +252,5 @@ def test_built_from_a_call_string():
   assert (net.channels, net.attention, net.blocks) == (8, (False, True), 2)
   x, feature, *_ = inputs((2, 3))
   assert jax.eval_shape(net.apply, shapes_of(net, x, feature), x, feature).shape == (BATCH, 2, 3, 3)
-  with pytest.raises(ValueError, match=r"unexpected keyword argument 'chanels'.*Its form is UNet\(out_channels=3, channels"):
+  with pytest.raises(ValueError, match=r"unexpected keyword argument 'chanels'.*Its form is UNet\(out_channels=3, "):
     build('UNet(chanels=8)', names)

@@ -6,7 +6,7 @@ import pytest
 from diffusion_jax.runtime.mesh import by_example, check_divisible, gather, make_mesh, put, replicated
 
 
-@pytest.mark.parametrize('text, count', [('data=-1', 8), ('data=1', 1), ('data=3', 3), ('data=8', 8), (' data = 2 ', 2)])
+@pytest.mark.parametrize('text, count', [('data=-1', 8), ('data=1', 1), ('data=3', 3), ('data=8', 8), (' data = 2', 2)])
 def test_meshes(text, count):
   mesh = make_mesh(text)
   assert dict(mesh.shape) == {'data': count}
@@ -37,8 +37,8 @@ def test_check_divisible():
   for count in (8, 64):
     check_divisible(count, mesh, 'config.train.batch')
   for count in (1, 12):
-    with pytest.raises(ValueError, match=f'config.train.batch is {count}, which 8 devices cannot share evenly: choose a '
-                       'multiple of 8'):
+    with pytest.raises(ValueError, match=f'config.train.batch is {count}, which 8 devices cannot share evenly: choose '
+                       'a multiple of 8'):
       check_divisible(count, mesh, 'config.train.batch')
 
 

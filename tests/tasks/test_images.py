@@ -262,8 +262,8 @@ WRONG = {
     'channels': (dict(channels=2), 'config.data.channels is 2; images have 1, 3 or 4'),
     'digits in colour': (dict(channels=3), 'digits has images of 1 channels, config.data.channels is 3: type '
                                            '--config.data.channels=1'),
-    'size': (dict(size=(16, 8), resize='none'), r'digits has an image of 8x8 pixels, config.data.size is \(16, 8\): type '
-                                                "--config.data.resize=crop, or 'stretch', or another size"),
+    'size': (dict(size=(16, 8), resize='none'), r'digits has an image of 8x8 pixels, config.data.size is \(16, 8\): '
+                                                "type --config.data.resize=crop, or 'stretch', or another size"),
     'resize': (dict(resize='zoom'), "config.data.resize is 'zoom'; legal are 'crop', 'stretch' and 'none'"),
     'source': (dict(source='web'), "config.data.source is 'web'; legal are 'digits', 'tfds' and 'folder'"),
     'bad_files': (dict(bad_files='ignore'), "config.data.bad_files is 'ignore'; legal are 'stop' and 'skip'"),
@@ -285,7 +285,7 @@ def test_classes_without_labels_get_a_sentence(tmp_path):
   lines = ['file_name', *(f'{path.parent.name}/{path.name}' for path in tmp_path.glob('*/*.png'))]
   (tmp_path / 'metadata.csv').write_text('\n'.join(lines))
   assert make_task(config(**fields), True).classes == 0
-  with pytest.raises(ValueError, match='The data have no labels, config.data.classes is 2: type --config.data.classes=0'):
+  with pytest.raises(ValueError, match='data have no labels, config.data.classes is 2: type --config.data.classes=0'):
     make_task(config(**fields, classes=2), True)
 
 
