@@ -1,5 +1,4 @@
 """Layers that the backbones share. Axes are [batch, *space, channels]; norms and softmax are computed in float32."""
-import math
 import zlib
 
 import jax
@@ -26,14 +25,19 @@ def sinusoid(feature: Float[Array, 'batch'], size: int, shift: int = 0, period: 
 
 
 class GroupNorm(nn.Module):
-  """Group normalisation in float32, with as many groups as divide the channels, at most `groups` (arXiv:1803.08494)."""
+  """Group normalisation in float32 (arXiv:1803.08494), with at most `groups` groups, of four channels or more.
+
+  A group of one channel would remove whatever is added to the whole channel, such as a time embedding.
+  """
   groups: int = 32
   param_dtype: jnp.dtype = jnp.float32
 
   @nn.compact
   def __call__(self, x):
-    norm = nn.GroupNorm(math.gcd(self.groups, x.shape[-1]), epsilon=1e-6, dtype=jnp.float32,
-                        param_dtype=self.param_dtype, name='norm')
+    channels = x.shape[-1]
+    most = max(1, min(self.groups, channels // 4))
+    groups = next(count for count in range(most, 0, -1) if channels % count == 0)
+    norm = nn.GroupNorm(groups, epsilon=1e-6, dtype=jnp.float32, param_dtype=self.param_dtype, name='norm')
     return norm(x).astype(x.dtype)
 
 

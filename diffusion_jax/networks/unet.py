@@ -147,6 +147,10 @@ class UNet(nn.Module):
     if x.ndim != self.axes + 2:
       raise ValueError(f'UNet with axes={self.axes} needs x of {self.axes + 2} axes, [batch, *space, channels]; '
                        f'got shape {x.shape}.')
+    for name in ('kernel', 'stride'):
+      sizes = getattr(self, name)
+      if isinstance(sizes, Sequence) and len(sizes) != self.axes:
+        raise ValueError(f'UNet got {name}={tuple(sizes)} for {self.axes} axes: give one number an axis, or one for all.')
     stride = self.stride if isinstance(self.stride, Sequence) else (self.stride,) * self.axes
     factor = tuple(each ** (len(self.multipliers) - 1) for each in stride)
     if any(size % each for size, each in zip(x.shape[1:-1], factor, strict=True)):

@@ -34,7 +34,10 @@ def batches(source: Any, augment: Callable | None, seed: int, batch: int, step: 
 
 def to_device(stream: Iterator[dict], mesh: Mesh) -> Iterator[dict[str, jax.Array]]:
   """The same batches as global arrays, each on the devices before the step on the one before it ends."""
-  ahead = meshes.put(next(stream), mesh)
+  ahead = None
   for rows in stream:
     ready, ahead = ahead, meshes.put(rows, mesh)
-    yield ready
+    if ready:
+      yield ready
+  if ahead:
+    yield ahead

@@ -1,4 +1,6 @@
 """Devices: the mesh over them, and how arrays lie on it."""
+import re
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -10,11 +12,11 @@ def make_mesh(text: str) -> Mesh:
 
   Raises ValueError where the string is not of that form or asks for more devices than there are.
   """
-  name, _, size = text.partition('=')
-  if name.strip() != 'data' or not size.strip().lstrip('-').isdigit():
+  match = re.fullmatch(r'data=(-?\d+)', text.replace(' ', ''))
+  if not match:
     raise ValueError(f"config.mesh is {text!r}; legal is 'data=N', with N devices or -1 for all of them.")
   devices = jax.devices()
-  count = len(devices) if int(size) == -1 else int(size)
+  count = len(devices) if match[1] == '-1' else int(match[1])
   if not 1 <= count <= len(devices):
     raise ValueError(f'config.mesh is {text!r}, but this job has {len(devices)} devices.')
   if jax.process_count() > 1 and count != len(devices):

@@ -30,6 +30,8 @@ def make_task(data: ConfigDict, reference: int, seed: int, labels: tuple[int, ..
   classes = splits.classes if data.classes == -1 and read else data.classes
   if read:
     check_labels(splits, classes)
+  if labels and not classes:
+    raise ValueError(f'config.sample.labels is {labels}, but this run has no classes: leave it empty.')
   height, width = data.size
   augment = flip if data.flip else None
   def context(index):
@@ -122,8 +124,8 @@ def decode(x) -> np.ndarray:
 def render(images: np.ndarray, columns: int) -> np.ndarray:
   """A grid of uint8 images [N, H, W, C], enlarged to at least 32 pixels a side, on white: [height, width, 3]."""
   factor = max(1, -(-32 // min(images.shape[1:3])))
-  tiles = [np.asarray(Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).convert('RGB'))
-           for image in images]
+  picture = lambda image: Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
+  tiles = [sources.pixels(picture(image), 'RGB') for image in images]
   tiles = [np.pad(tile.repeat(factor, 0).repeat(factor, 1), ((1, 1), (1, 1), (0, 0)), constant_values=255)
            for tile in tiles]
   tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % columns)

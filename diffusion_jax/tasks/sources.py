@@ -1,12 +1,13 @@
 """Where images come from: scikit-learn's digits, TFDS, a folder. A source gives {'x': uint8 [H, W, C], 'label'} for an index."""
 import csv
+import importlib.util
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 Fit = Callable[[np.ndarray, str], np.ndarray]
 SPLIT_SEED = 0  # of the fixed shuffle before a data set without splits of its own is split
@@ -62,8 +63,8 @@ class Files:
       path = self.paths[number]
       try:
         with Image.open(path) as image:
-          return {'x': self.fit(_pixels(image, self.mode), str(path)), 'label': np.int32(self.labels[number])}
-      except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+          found = pixels(image, self.mode)
+      except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = 'it is empty' if path.exists() and not path.stat().st_size else str(error)
         if not self.skip:
           raise ValueError(f'The image {path} cannot be read: {reason}. Remove it, or type '
@@ -71,6 +72,8 @@ class Files:
         if path not in self.skipped:
           warnings.warn(f'The image {path} cannot be read and is left out: {reason}.', stacklevel=2)
           self.skipped.add(path)
+      else:
+        return {'x': self.fit(found, str(path)), 'label': np.int32(self.labels[number])}
     raise ValueError(f'None of the {len(self.paths)} images, such as {self.paths[0]}, can be read.')
 
 
@@ -98,15 +101,18 @@ def tfds(name: str, path: str, train: str, test: str, fit: Fit) -> Splits:
   except ImportError as error:
     raise ValueError(f'The set {name!r} needs tensorflow ({error}): type {install}') from error
   if not builder.data_path.exists():
+    elsewhere = 'or set TFDS_DATA_DIR or --config.data.path to the folder of a prepared copy.'
+    if importlib.util.find_spec('tensorflow') is None:
+      raise ValueError(f'{name} is not prepared in {builder.data_path}, and preparing it needs tensorflow: type {install}, '
+                       + elsewhere)
     print(f'{name} is not prepared in {builder.data_path}: it is downloaded and prepared.', flush=True)
     try:
       builder.download_and_prepare()
     except Exception as error:  # any of TFDS, tensorflow and the network
-      missing = 'tensorflow' in f'{type(error).__name__} {error}'.lower()
-      advice = f'preparing it needs tensorflow: type {install}' if missing else 'see the reason above'
-      raise ValueError(f'{name} is not prepared in {builder.data_path} and could not be ({_first_line(error)}); {advice}, '
-                       'or set TFDS_DATA_DIR or --config.data.path to the folder of a prepared copy.') from error
-  label = builder.info.features.get('label') if hasattr(builder.info.features, 'get') else None
+      raise ValueError(f'{name} is not prepared in {builder.data_path} and could not be ({_first_line(error)}): mend that, '
+                       + elsewhere) from error
+  features = builder.info.features
+  label = features['label'] if 'label' in features else None
   sources = [Prepared(builder.as_data_source(split=split), fit, name) for split in (train, test)]
   return Splits(*sources, getattr(label, 'num_classes', 0) or 0)
 
@@ -141,7 +147,7 @@ def _sub_folders(root: Path) -> tuple[list[Path], list[str]]:
 
 
 def _listed(table: Path) -> tuple[list[Path], list[str]]:
-  with table.open(newline='', encoding='utf-8') as file:
+  with table.open(newline='', encoding='utf-8-sig') as file:
     reader = csv.DictReader(file)
     if 'file_name' not in (reader.fieldnames or []):
       raise ValueError(f'{table} has the columns {reader.fieldnames}; it needs file_name, and label for classes.')
@@ -153,6 +159,8 @@ def _numbers(names: list[str]) -> tuple[list[int], int]:
   """Labels as numbers, and how many classes: numbers stay what they are, names are numbered in alphabetical order."""
   if not any(names):
     return [0] * len(names), 0
+  if not all(names):
+    raise ValueError(f'Row {names.index("") + 1} of metadata.csv has no label, others have: give every row one, or none.')
   if all(name.isdigit() for name in names):
     return [int(name) for name in names], max(map(int, names)) + 1
   order = {name: number for number, name in enumerate(sorted(set(names)))}
@@ -164,13 +172,19 @@ def _shuffled(count: int, holdout: int) -> tuple[np.ndarray, np.ndarray]:
   return order[:count - holdout], order[count - holdout:]
 
 
-def _pixels(image: Image.Image, mode: str) -> np.ndarray:
-  """The image in PIL's mode 'L', 'RGB' or 'RGBA'; transparency becomes white where the mode has none."""
+def pixels(image: Image.Image, mode: str) -> np.ndarray:
+  """The upright image as uint8 [H, W, C] in PIL's mode 'L', 'RGB' or 'RGBA'; transparency becomes white where the mode
+  has none, and 16 bits become 8. Raises ValueError for other depths."""
+  image = ImageOps.exif_transpose(image)
+  if image.mode.startswith('I;16'):
+    image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
+  elif image.mode in ('I', 'F'):
+    raise ValueError(f'its mode is {image.mode}, of 32 bits, and 8 or 16 bits are legal')
   if mode != 'RGBA' and (image.mode in ('RGBA', 'LA', 'PA') or 'transparency' in image.info):
     image = image.convert('RGBA')
     image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
-  pixels = np.asarray(image.convert(mode))
-  return pixels if pixels.ndim == 3 else pixels[..., None]
+  array = np.asarray(image.convert(mode))
+  return array if array.ndim == 3 else array[..., None]
 
 
 def _first_line(error: Exception) -> str:

@@ -129,7 +129,8 @@ def test_another_config_is_refused_with_the_fields_named(done):
     train.run(config, done)
 
 
-@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')  # Orbax drops coroutines when it fails
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')  # Orbax drops coroutines when it fails,
+@pytest.mark.filterwarnings('ignore:coroutine:RuntimeWarning')  # and Python says so when it next collects garbage
 @pytest.mark.parametrize('harm', ['half of a file', 'no metadata', 'empty folder'])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(plain, tmp_path, harm):
   workdir = tmp_path / 'run'

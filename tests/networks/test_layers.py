@@ -31,7 +31,7 @@ def test_sinusoid_says_which_sizes_are_legal():
       sinusoid(jnp.zeros(1), size, shift)
 
 
-@pytest.mark.parametrize('groups, channels, used', [(32, 64, 32), (4, 8, 4), (32, 48, 16), (4, 6, 2), (8, 5, 1)])
+@pytest.mark.parametrize('groups, channels, used', [(32, 128, 32), (32, 64, 16), (2, 8, 2), (32, 48, 12), (4, 6, 1)])
 def test_group_norm_normalises_each_group(groups, channels, used):
   x = normal(2, 5, 3, channels) * 3 + 7
   layer = GroupNorm(groups)
@@ -45,12 +45,12 @@ def test_group_norm_normalises_each_group(groups, channels, used):
 
 def test_group_norm_counts_in_float32():
   """In bfloat16 a mean of 100 would drown the differences; the result has the type of x, the parameters are float32."""
-  x = jnp.asarray(100 + normal(2, 64, 4), jnp.bfloat16)
+  x = jnp.asarray(100 + normal(2, 64, 8), jnp.bfloat16)
   layer = GroupNorm(2)
   params = layer.init(jax.random.key(0), x)
   out = layer.apply(params, x)
   assert out.dtype == jnp.bfloat16 and params['params']['norm']['scale'].dtype == jnp.float32
-  np.testing.assert_allclose(np.asarray(out, np.float64).reshape(2, 64, 2, 2).var((1, 3)), 1, atol=2e-2)
+  np.testing.assert_allclose(np.asarray(out, np.float64).reshape(2, 64, 2, 4).var((1, 3)), 1, atol=2e-2)
 
 
 class Twice(nn.Module):

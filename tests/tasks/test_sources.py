@@ -108,7 +108,7 @@ def test_a_row_without_its_label_is_an_error(tmp_path, labels):
   for i in range(3):
     save(tmp_path / f'{i}.png', plain((i, i, i)))
   listing(tmp_path, [(f'{i}.png', label) for i, label in enumerate(labels)])
-  with pytest.raises(ValueError, match='1.png'):
+  with pytest.raises(ValueError, match='Row 2 of metadata.csv has no label'):
     read(tmp_path)
 
 
@@ -231,7 +231,7 @@ def test_nothing_but_bad_files(tmp_path):
   for path in colours(tmp_path, 1).glob('*/*'):
     empty(path)
   splits = read(tmp_path, skip=True)
-  with pytest.warns(UserWarning, match='left out'), pytest.raises(ValueError, match='None of the 2 images, such as .*g'):
+  with pytest.warns(UserWarning, match='left out'), pytest.raises(ValueError, match='None of the 2 images, such as'):
     splits.train[0]
 
 
@@ -270,19 +270,18 @@ def test_an_unknown_tfds_name(tmp_path):
     sources.tfds('fashion_mnistt', str(tmp_path), 'train', 'test', as_it_is)
 
 
-@pytest.mark.parametrize('error, advice', [
-    (ImportError('No module named \'tensorflow\''), r"needs tensorflow: type pip install 'diffusion_jax\[tfds\]'"),
-    (OSError('Name or service not known'), 'Name or service not known')])
-def test_a_tfds_set_that_is_not_prepared(tmp_path, monkeypatch, capsys, error, advice):
+@pytest.mark.parametrize('tensorflow, advice', [
+    (None, r"needs tensorflow: type pip install 'diffusion_jax\[tfds\]'"), ('there', 'Name or service not known')])
+def test_a_tfds_set_that_is_not_prepared(tmp_path, monkeypatch, tensorflow, advice):
   """Nothing is downloaded here: the preparation fails as it does without tensorflow, and without a network."""
   from tensorflow_datasets.core import DatasetBuilder
   def fail(self, **options):
-    raise error
+    raise OSError('Name or service not known')
   monkeypatch.setattr(DatasetBuilder, 'download_and_prepare', fail)
+  monkeypatch.setattr(sources.importlib.util, 'find_spec', lambda name: tensorflow)
   with pytest.raises(ValueError, match=rf'fashion_mnist is not prepared in {tmp_path}.*{advice}.*'
                      'set TFDS_DATA_DIR or --config.data.path'):
     sources.tfds('fashion_mnist', str(tmp_path), 'train', 'test', as_it_is)
-  assert 'is downloaded and prepared' in capsys.readouterr().out
 
 
 @pytest.mark.skipif('TFDS_DATA_DIR' not in os.environ, reason='TFDS_DATA_DIR names no folder of prepared sets')
