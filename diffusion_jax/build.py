@@ -1,6 +1,7 @@
 """Reads a call-string of a config, such as 'guide(2.0) | clip(1.0)', into the object it names.
 
-Names, calls, literals and | are all there is; nothing is evaluated. A dotted name imports: 'experiments.sharp.method.mine()'.
+Names, calls, literals and | are all there is; nothing is evaluated. A dotted name is imported:
+'experiments.sharp.method.mine()'.
 """
 import ast
 import difflib

@@ -39,11 +39,11 @@ def open_run(config: ConfigDict, workdir: Path, read: bool) -> Run:
 
   Raises ValueError with a sentence for any illegal field, and where `workdir` belongs to another config.
   """
-  cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'diffusion_jax' / 'compiled'
-  jax.config.update('jax_compilation_cache_dir', os.environ.get('JAX_COMPILATION_CACHE_DIR', str(cache)))
+  keep_compiled()
   mesh = meshes.make_mesh(config.mesh)
   meshes.check_divisible(config.train.batch, mesh, 'config.train.batch')
-  for name in ('train.steps', 'train.batch', 'sample.batch', 'evaluate.batch', 'log.every', 'checkpoint.every', 'checkpoint.keep'):
+  for name in ('train.steps', 'train.batch', 'sample.batch', 'evaluate.batch', 'log.every', 'checkpoint.every',
+               'checkpoint.keep'):
     group, _, field = name.partition('.')
     if config[group][field] < 1:
       raise ValueError(f'config.{name} is {config[group][field]}; it must be 1 or more.')
@@ -64,6 +64,12 @@ def open_run(config: ConfigDict, workdir: Path, read: bool) -> Run:
   for transform in {config.transform, *config.evaluate.transforms}:
     check_sampling(run, transform)
   return run
+
+
+def keep_compiled() -> None:
+  """Keep compiled programs in the user's cache directory, so that the next run of the same config starts at once."""
+  cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'diffusion_jax' / 'compiled'
+  jax.config.update('jax_compilation_cache_dir', os.environ.get('JAX_COMPILATION_CACHE_DIR', str(cache)))
 
 
 def fresh_state(run: Run) -> Callable[[], State]:
@@ -133,7 +139,7 @@ def make_sampler(run: Run, transform: str, keep: bool = False) -> Callable:
   """The compiled sampling program as a function of (params, extra, index [B]), what to sample being task.context(index)."""
   program = jax.jit(sampling_program(run, transform, keep))
   def sampler(params, extra, index):
-    local = index[jax.process_index()::jax.process_count()]
+    local = np.split(index, jax.process_count())[jax.process_index()]
     rows = meshes.put({'index': local, 'cond': run.task.context(local)}, run.mesh)
     return program(params, extra, rows['index'], rows['cond'])
   return sampler
@@ -146,9 +152,7 @@ def draw(run: Run, sampler: Callable, state: State, count: int, batch: int) -> n
   parts = []
   for first in range(0, count, batch):
     index = np.arange(first, first + batch, dtype=np.int32)
-    # Rows lie on the devices process by process; put them back in order.
-    order = np.argsort(np.concatenate([index[i::jax.process_count()] for i in range(jax.process_count())]))
-    parts.append(run.task.decode(meshes.gather(sampler(params, state.extra, index))[order]))
+    parts.append(run.task.decode(meshes.gather(sampler(params, state.extra, index))))
   return np.concatenate(parts)[:count]
 
 

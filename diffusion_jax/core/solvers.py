@@ -24,7 +24,7 @@ class Solver(NamedTuple):
 
 
 def ancestral() -> Solver:
-  """Draw from q(xs | xt, x0) at the estimated x0, for any process: DDPM with the small variance (arXiv:2006.11239, alg. 2)."""
+  """Draw from q(xs | xt, x0) at the estimated x0, for any process: DDPM, small variance (arXiv:2006.11239, alg. 2)."""
   def step(process, denoise, keys, x, t, s, memory):
     return process.reverse(keys, denoise(x, t), x, t, s), memory
   return Solver(no_memory, step)

@@ -66,7 +66,7 @@ def _check_band(t_min: float, t_max: float) -> None:
 
 
 def _from_unit(draw_unit: Callable[[Draw], Array], t_min: float, t_max: float) -> Times:
-  """Times that are linear in u ~ U(0, 1): t = t_max - u (t_max - t_min), which never is 0 or 1, where targets are singular."""
+  """Times that are linear in u ~ U(0, 1): t = t_max - u (t_max - t_min), never 0 or 1, where targets are singular."""
   def density(process, t):
     return jnp.where((t >= t_min) & (t <= t_max), 1 / (t_max - t_min), 0.0)
   def sample(process, draw):

@@ -103,8 +103,8 @@ def report(this: Run, log: Log, step: int, metrics: dict) -> None:
   log.scalars(step, {name: value for name, value in metrics.items() if name != 'finite'}, always=not finite)
   if not finite and this.config.train.nonfinite == 'stop':
     raise FloatingPointError(
-        f'Step {step} has loss {float(metrics["loss"])} and gradient norm {float(metrics["grad_norm"])}; its update was not '
-        'applied. Lower --config.optimizer.rate, or type --config.train.nonfinite=skip in a new --workdir.')
+        f'Step {step} has loss {float(metrics["loss"])} and gradient norm {float(metrics["grad_norm"])}; its update was '
+        'not applied. Lower --config.optimizer.rate, or type --config.train.nonfinite=skip in a new --workdir.')
 
 
 def snapshot(this: Run, log: Log, sampler, state: State, step: int) -> None:

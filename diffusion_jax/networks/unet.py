@@ -2,7 +2,6 @@
 import math
 from collections.abc import Sequence
 
-import jax
 from flax import linen as nn
 from jax import numpy as jnp
 

@@ -1,4 +1,7 @@
-"""Where images come from: scikit-learn's digits, TFDS, a folder. A source gives {'x': uint8 [H, W, C], 'label'} for an index."""
+"""Where images come from: scikit-learn's digits, TFDS, a folder.
+
+A source has a length and gives {'x': uint8 [H, W, C], 'label': int32} for an index.
+"""
 import csv
 import importlib.util
 import warnings

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from configs import base
 
+from configs import base
 from diffusion_jax import run as runs
 
 ROOT = Path(__file__).parents[2]

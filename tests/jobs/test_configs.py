@@ -44,7 +44,7 @@ def shrunk(config, folder):
   return config
 
 
-@pytest.mark.parametrize('name', [pytest.param(name, marks=[] if name in ('digits', 'cifar10') else pytest.mark.slow)
+@pytest.mark.parametrize('name', [pytest.param(name, marks=[] if name in ('digits', 'base') else pytest.mark.slow)
                                   for name in NAMES])
 def test_config_trains_saves_restores_and_samples(name, tmp_path):
   assert train.run(shrunk(load(name), tmp_path / 'images'), tmp_path / 'run') == 0

@@ -16,8 +16,9 @@ from tests.jobs.runs import losses, tiny, trained_state
 def done(tmp_path_factory):
   """A finished run of 4 steps with every output."""
   workdir = tmp_path_factory.mktemp('done')
-  config = tiny(sample__count=20, log__samples=2, evaluate__count=40, evaluate__batch=20, transform='guide(2.0) | clip(1.0)',
-                evaluate__transforms=('clip(1.0)', 'guide(2.0) | clip(1.0)'))
+  guided = 'guide(2.0) | clip(1.0)'
+  config = tiny(sample__count=20, log__samples=2, evaluate__count=40, evaluate__batch=20, transform=guided,
+                evaluate__transforms=('clip(1.0)', guided))
   assert train.run(config, workdir) == 0
   return workdir
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import jax
 import pytest
-from configs import base
 from ml_collections import ConfigDict
 
+from configs import base
 from diffusion_jax.runtime import stored, workdir
 
 

@@ -1,11 +1,11 @@
 """The image task: sizes, values, pictures for people, scores, and sentences for contradictions."""
 import numpy as np
 import pytest
-from configs import base
 from jax import numpy as jnp
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from configs import base
 from diffusion_jax.tasks import images
 from diffusion_jax.tasks.task import make_task
 
