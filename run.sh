@@ -50,7 +50,7 @@ host=$(accelerator)
 if [ "${1:-}" = test ]; then
   shift
   install test
-  exec .venv/bin/python -m pytest "$@"
+  exec .venv/bin/python -m pytest -n logical --maxprocesses 8 --dist loadfile "$@"
 fi
 
 echo "Accelerator of this host: ${host:-none, the CPU is used}"

@@ -11,7 +11,7 @@ from configs import base
 from diffusion_jax import run as runs
 
 ROOT = Path(__file__).parents[2]
-NETWORK = 'UNet(channels=8, multipliers=(1, 2), blocks=1, attention=(False, False), groups=4, dropout=0.1)'
+NETWORK = 'UNet(channels=8, multipliers=(1,), blocks=1, attention=(False,), dropout=0.1)'
 FIELDS = {'network': NETWORK, 'grid': 'uniform(4)', 'train.steps': 4, 'train.batch': 16, 'train.ema': (0.9, 0.99),
           'optimizer.warmup': 2, 'checkpoint.every': 2, 'log.every': 1, 'sample.count': 0, 'sample.batch': 16,
           'evaluate.count': 0, 'mesh': 'data=2'}

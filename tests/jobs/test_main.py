@@ -9,19 +9,19 @@ import pytest
 from diffusion_jax.jobs import train
 from tests.jobs.runs import ROOT, command, flags, losses, start, tiny, trained_state
 
-SLOW_STEPS = dict(checkpoint__every=1, train__steps=16)  # a save, or a part of one, at every instant
+OFTEN = dict(checkpoint__every=1, train__steps=8)  # a save, or a part of one, at every instant
 
 
 @pytest.fixture(scope='module')
 def undisturbed(tmp_path_factory):
   """The same run, never interrupted."""
   workdir = tmp_path_factory.mktemp('undisturbed') / 'run'
-  train.run(tiny(**SLOW_STEPS), workdir)
+  train.run(tiny(**OFTEN), workdir)
   return workdir
 
 
 def equal(workdir, other):
-  for a, b in zip(trained_state(tiny(**SLOW_STEPS), workdir), trained_state(tiny(**SLOW_STEPS), other), strict=True):
+  for a, b in zip(trained_state(tiny(**OFTEN), workdir), trained_state(tiny(**OFTEN), other), strict=True):
     np.testing.assert_array_equal(a, b)
   assert losses(workdir) == losses(other)
 
@@ -37,19 +37,19 @@ def killed_run(workdir, kills, seed):
   """Kill -9 the run at random instants of its training, then let it end. Returns how often it was killed in the loop."""
   rng, struck = random.Random(seed), 0
   for kill in range(kills):
-    process = start(workdir, *flags(**SLOW_STEPS))
-    wait_for_step(process, (kill + 1) * 15 // kills - rng.randrange(4))
+    process = start(workdir, *flags(**OFTEN))
+    wait_for_step(process, max(1, (kill + 1) * 7 // kills - rng.randrange(3)))
     time.sleep(rng.uniform(0, 0.03))
     struck += process.poll() is None
     process.kill()
     process.communicate()
-  status, output = command(workdir, *flags(**SLOW_STEPS))
-  assert status == 0 and 'Finished at step 16' in output, output
+  status, output = command(workdir, *flags(**OFTEN))
+  assert status == 0 and 'Finished at step 8' in output, output
   return struck
 
 
 def test_kill_9_loses_nothing(tmp_path, undisturbed):
-  assert killed_run(tmp_path / 'run', kills=3, seed=0) == 3
+  assert killed_run(tmp_path / 'run', kills=2, seed=0) == 2
   equal(tmp_path / 'run', undisturbed)
 
 
@@ -63,19 +63,19 @@ def test_kill_9_loses_nothing_at_thirty_instants(tmp_path, undisturbed):
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_sigterm_and_ctrl_c_save_and_leave(tmp_path, undisturbed, number):
   workdir = tmp_path / 'run'
-  process = start(workdir, *flags(checkpoint__every=1000, train__steps=16))
-  wait_for_step(process, 5)
+  process = start(workdir, *flags(checkpoint__every=1000, train__steps=8))
+  wait_for_step(process, 2)
   process.send_signal(number)
   output, _ = process.communicate(timeout=120)
   assert process.returncode == 128 + number
   assert f'{number.name} at step' in output and 'Type the same command' in output and 'Traceback' not in output
-  train.run(tiny(checkpoint__every=1000, train__steps=16), workdir)
+  train.run(tiny(checkpoint__every=1000, train__steps=8), workdir)
   equal(workdir, undisturbed)
 
 
 def test_a_full_disk_is_said_and_the_run_goes_on_after_it(tmp_path):
   """A limit on the size of files stands for the full disk: writing fails in the same place."""
-  status, output = command(tmp_path / 'run', *flags(), file_limit=100)
+  status, output = command(tmp_path / 'run', *flags(), file_limit=30)
   assert status == 1
   assert 'A checkpoint could not be saved' in output and 'There is no complete one' in output, output
   assert 'Finished' not in output

@@ -175,7 +175,6 @@ BAD = {
     'sample__ema': (0.5, 'config.sample.ema is 0.5; this run keeps'),
     'data__classes': (5, 'label 9 is out of range: type --config.data.classes=10'),
     'data__channels': (3, 'type --config.data.channels=1'),
-    'data__size': ((9, 9), 'UNet with 2 levels needs sizes divisible by'),
     'train__nonfinite': ('ignore', "legal are 'stop' and 'skip'"),
     'optimizer__decay': ('linear', "legal are 'cosine' and 'constant'"),
 }
@@ -188,6 +187,12 @@ def test_bad_fields_get_a_sentence_before_anything_is_written(tmp_path, field):
     train.run(tiny(**{field: value}), tmp_path / 'run')
   assert sentence in str(error.value)
   assert not (tmp_path / 'run').exists()
+
+
+def test_a_size_that_the_network_cannot_halve_is_refused(tmp_path):
+  network = 'UNet(channels=8, multipliers=(1, 2), blocks=1, attention=(False, False))'
+  with pytest.raises(ValueError, match=r'UNet with 2 levels needs sizes divisible by \(2, 2\); got \(9, 9\)'):
+    train.run(tiny(network=network, data__size=(9, 9)), tmp_path / 'run')
 
 
 def test_a_singular_grid_is_refused(tmp_path):
