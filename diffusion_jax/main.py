@@ -23,7 +23,7 @@ def parse(argv: list[str]) -> list[str]:
   """Parse the flags, with --config first, which its overrides need. Where it is left out the workdir's config stands in."""
   named = lambda name: [word for word in argv[1:] if word.lstrip('-').startswith(name + '=')]
   config, workdir = named('config'), named('workdir')
-  if not config and workdir:
+  if not config and workdir and '--config' not in argv:
     folder = workdir[-1].partition('=')[2]
     if (Path(folder) / 'config.json').exists():
       config = [f'--config={Path(__file__).parent / "runtime" / "stored.py"}:{folder}']
@@ -37,10 +37,8 @@ def main(argv: list[str]) -> None:
   values = flags.FLAGS
   workdir = Path(values.workdir)
   if values.config is None:
-    from diffusion_jax.runtime import workdir as workdirs
-    if values.mode == 'train':
-      raise app.UsageError(f'{workdir} holds no run to go on with: type --config=configs/digits.py or another config.')
-    workdirs.load_config(workdir)  # raises the sentence that says what is missing
+    sys.exit(f'ERROR: {workdir} holds no run. Train one first: python -m diffusion_jax.main --config=configs/digits.py '
+             f'--workdir={workdir}')
   job = importlib.import_module(f'diffusion_jax.jobs.{values.mode}')
   try:
     sys.exit(job.run(values.config, workdir))

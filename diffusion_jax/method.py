@@ -76,7 +76,7 @@ def make_network(config: ConfigDict, task: Task) -> nn.Module:
   network's fields contradict each other or the task's shape."""
   backbone = build(config.network, NETWORKS)
   backbone = backbone.clone(out_channels=task.shape[-1], axes=len(task.shape) - 1)
-  embedders = {'label': embed.Label(task.classes, 4 * backbone.channels)} if task.classes else {}
+  embedders = {'label': embed.Label(task.classes, backbone.vector_size)} if task.classes else {}
   net = embed.Conditional(backbone, embedders)
   x, cond = _example(task)
   jax.eval_shape(net.init, jax.random.key(0), x, jnp.zeros(1), cond)

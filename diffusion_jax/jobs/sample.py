@@ -23,6 +23,8 @@ FRAMES = 40  # frames of each way in trajectory.gif
 
 def run(config: ConfigDict, workdir: Path) -> int:
   this = open_run(config, workdir, read=False)
+  if config.sample.count < 1:
+    raise ValueError(f'config.sample.count is {config.sample.count}; it must be 1 or more to sample.')
   files = write(this, trained(this))
   say('\n'.join(['The samples are in', *(f'  {path}' for path in files)]))
   return 0
@@ -59,23 +61,24 @@ def write_trajectory(this: Run, state: State) -> list[Path]:
   x0s = np.concatenate([x0s, xts[-1:]])  # at t = 0 the estimate is the sample
   grid = make_sampling(c, this.method, c.transform).grid
   level = process.level(grid)
-  keys = fold(example_keys(jax.random.key(c.sample.seed), jnp.asarray(index)), 4)
-  forward = np.stack([process.corrupt(keys, jnp.asarray(xts[-1]), process.level(t))[0] for t in grid])
-  # Noisy images are shown at unit scale, so that exploding variances fit on the screen.
-  scale = 1 / np.maximum(1, np.hypot(level.alpha, level.sigma)).reshape(-1, *[1] * (xts.ndim - 1))
-  forward, xts, x0s = (this.task.decode(x[:, :10]) for x in (forward * scale, xts * scale, x0s))
   if jax.process_index():
     return []
+  keys = fold(example_keys(jax.random.key(c.sample.seed), jnp.asarray(index)), 4)
+  # Noisy images are shown at unit scale, so that exploding variances fit on the screen.
+  scale = 1 / np.maximum(1, np.hypot(level.alpha, level.sigma))
+  forward = lambda i: this.task.decode(scale[i] * process.corrupt(keys, jnp.asarray(xts[-1]), process.level(grid[i]))[0])
+  xt = lambda i: this.task.decode(scale[i] * xts[i])
+  x0 = lambda i: this.task.decode(x0s[i])
   spaced = lambda count: np.unique(np.linspace(0, len(grid) - 1, count).round().astype(int))
-  column = lambda frames: [this.task.render(frames[i, :4], 1) for i in spaced(SHOWN)]
+  column = lambda images: [this.task.render(images(i)[:4], 1) for i in spaced(SHOWN)]
   figure = pictures.trajectory_figure(this.workdir / 'trajectory.png', grid[spaced(SHOWN)], {
-      'data noised,\nfrom right to left': column(forward), 'sampling: xt': column(xts),
-      'sampling:\nestimate of x0': column(x0s)})
+      'data noised,\nfrom right to left': column(forward), 'sampling: xt': column(xt),
+      'sampling:\nestimate of x0': column(x0)})
   def frame(left, right):
-    left, right = this.task.render(left, 5), this.task.render(right, 5)
+    left, right = this.task.render(left[:10], 5), this.task.render(right[:10], 5)
     return np.concatenate([left, np.full((len(left), 12, 3), 255, np.uint8), right], 1)
-  there = [frame(forward[i], xts[-1]) for i in spaced(FRAMES)[::-1]]
-  back = [frame(xts[i], x0s[i]) for i in spaced(FRAMES)]
+  there = [frame(forward(i), x0(-1)) for i in spaced(FRAMES)[::-1]]
+  back = [frame(xt(i), x0(i)) for i in spaced(FRAMES)]
   return [figure, pictures.save_gif(this.workdir / 'trajectory.gif', there + back, 60)]
 
 

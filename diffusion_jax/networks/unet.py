@@ -80,6 +80,11 @@ class UNet(nn.Module):
   dtype: jnp.dtype = jnp.float32
   param_dtype: jnp.dtype = jnp.float32
 
+  @property
+  def vector_size(self) -> int:
+    """The size of the conditioning vector that is added to the time embedding."""
+    return 4 * self.channels
+
   @nn.compact
   def __call__(self, x, feature, conditioning=Conditioning(), keys=None):
     self._check(x)
@@ -129,9 +134,8 @@ class UNet(nn.Module):
     return conv(self.out_channels, 'out', nn.initializers.zeros)(h).astype(jnp.float32)
 
   def _time(self, feature, vector, types):
-    """The time embedding [B, 4 * channels], with the conditioning vector added."""
-    size = 4 * self.channels
-    dense = lambda name: nn.Dense(size, kernel_init=fan_avg, name=name, **types)
+    """The time embedding [B, vector_size], with the conditioning vector added."""
+    dense = lambda name: nn.Dense(self.vector_size, kernel_init=fan_avg, name=name, **types)
     time = dense('time_1')(nn.silu(dense('time_0')(sinusoid(feature, self.channels, self.frequency_shift))))
     return time if vector is None else time + vector.astype(self.dtype)
 
