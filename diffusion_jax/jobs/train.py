@@ -1,4 +1,5 @@
 """--mode=train: train, with exact resume, then sample and evaluate."""
+import json
 import signal
 import time
 from functools import partial
@@ -9,7 +10,7 @@ from ml_collections import ConfigDict
 
 from diffusion_jax.jobs import evaluate, sample
 from diffusion_jax.pictures import save_png
-from diffusion_jax.run import Run, chosen_ema, draw, fresh_state, make_sampler, open_checkpoints, open_run, restore
+from diffusion_jax.run import Run, draw, fresh_state, make_sampler, open_checkpoints, open_run, restore
 from diffusion_jax.runtime import input as inputs
 from diffusion_jax.runtime import mesh as meshes
 from diffusion_jax.runtime import workdir as workdirs
@@ -29,7 +30,7 @@ def run(config: ConfigDict, workdir: Path) -> int:
   if state is None:
     state = jax.jit(fresh_state(this), out_shardings=everywhere)()
   start, steps = int(state.step), this.config.train.steps
-  if start >= steps and (workdir / 'finished.json').exists():
+  if start >= steps and finished_step(workdir) == start:
     say(f'This run is finished, at step {start}. Its results are in {workdir}. To go on, type a larger '
         '--config.train.steps; to sample or score again, --mode=sample or --mode=evaluate.')
     return 0
@@ -79,7 +80,7 @@ def compile_step(this: Run, state: State, batch: dict):
   """The one compiled step, with the table that a person sees before it runs."""
   step = partial(train_step, loss=this.method.loss, optimizer=this.optimizer, rate=this.rate, total=this.config.train.batch)
   lowered = jax.jit(step, donate_argnums=0, out_shardings=meshes.replicated(this.mesh)).lower(state, batch)
-  leaves = lambda tree: jax.tree.leaves(tree)
+  leaves = jax.tree.leaves
   parameters = sum(leaf.size for leaf in leaves(state.params))
   flops = (lowered.cost_analysis() or {}).get('flops', float('nan'))
   compiled = lowered.compile()
@@ -117,6 +118,12 @@ def snapshot(this: Run, log: Log, sampler, state: State, step: int) -> None:
   log.image(step, 'samples', picture, time.perf_counter() - began)
 
 
+def finished_step(workdir: Path) -> int | None:
+  """The step whose samples and scores are complete, None if there is none."""
+  path = workdir / 'finished.json'
+  return json.loads(path.read_text())['step'] if path.exists() else None
+
+
 def finish(this: Run, state: State) -> list[Path]:
   """Sample and evaluate; returns the files that a person wants to see."""
   files = sample.write(this, state) if this.config.sample.count else []
@@ -126,5 +133,5 @@ def finish(this: Run, state: State) -> list[Path]:
   if skipped:
     say(f'{skipped} image files could not be read and were left out.')
   if jax.process_index() == 0:
-    workdirs.write_json(this.workdir / 'finished.json', {'step': int(state.step), 'ema': chosen_ema(this.config)})
+    workdirs.write_json(this.workdir / 'finished.json', {'step': int(state.step)})
   return [*files, this.workdir / 'metrics.jsonl', this.workdir / 'checkpoints']

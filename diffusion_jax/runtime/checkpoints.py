@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from diffusion_jax.runtime.logs import first_line
+
 
 class SaveError(RuntimeError):
   """A checkpoint could not be written."""
@@ -38,7 +40,7 @@ class Checkpoints:
     except Exception as error:  # Orbax and TensorStore raise many types
       good = [each for each in self.steps() if each != step]
       rest = f'The newest complete one is of step {good[-1]}' if good else 'There is no complete one'
-      raise SaveError(f'A checkpoint could not be saved in {self.folder}: {_first_line(error)}. {rest}. Make room, then '
+      raise SaveError(f'A checkpoint could not be saved in {self.folder}: {first_line(error)}. {rest}. Make room, then '
                       'type the same command to go on from there.') from error
 
   def steps(self) -> list[int]:
@@ -68,7 +70,7 @@ class Checkpoints:
     while aside.exists():
       number += 1
       aside = self.folder / f'{step}.damaged{number}'
-    warnings.warn(f'The checkpoint {path} is damaged ({_first_line(error)}); it is moved to {aside.name} and the one '
+    warnings.warn(f'The checkpoint {path} is damaged ({first_line(error)}); it is moved to {aside.name} and the one '
                   'before it is used.', stacklevel=2)
     self.close()
     if jax.process_index() == 0:
@@ -78,8 +80,3 @@ class Checkpoints:
 
   def close(self) -> None:
     self._manager.close()
-
-
-def _first_line(error: Exception) -> str:
-  text = str(error).strip() or type(error).__name__
-  return text.splitlines()[0][:200]

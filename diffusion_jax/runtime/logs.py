@@ -8,6 +8,8 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from diffusion_jax.runtime.workdir import write_text
+
 
 class Log:
   """Scalars and images of a run. Only the first process writes; the others hold a Log that does nothing.
@@ -68,9 +70,7 @@ def _continue(path: Path, start: int):
   """Open for appending, without the lines of steps after `start`, which a run that was killed had logged and will again."""
   lines = path.read_text().splitlines(keepends=True) if path.exists() else []
   complete = [line for line in lines if line.endswith('}\n') and json.loads(line)['step'] <= start]
-  partial = path.with_name(path.name + '.partial')
-  partial.write_text(''.join(complete))
-  partial.replace(path)
+  write_text(path, ''.join(complete))
   return path.open('a')
 
 
@@ -79,6 +79,11 @@ def table(rows: dict[str, str]) -> None:
   if jax.process_index() == 0:
     width = max(map(len, rows))
     print('\n'.join(f'{name:<{width}}  {value}' for name, value in rows.items()), flush=True)
+
+
+def first_line(error: Exception) -> str:
+  """The first line of an error of another library, or its type, for a sentence of ours."""
+  return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def say(text: str) -> None:

@@ -24,11 +24,16 @@ def flatten(config: ConfigDict, prefix: str = '') -> dict:
   return flat
 
 
-def write_json(path: Path, content: dict) -> None:
+def write_text(path: Path, text: str) -> None:
   """Write at once or not at all: a reader never sees half a file."""
   partial = path.with_name(path.name + '.partial')
-  partial.write_text(json.dumps(content, indent=2, default=str) + '\n')
+  partial.write_text(text)
   partial.replace(path)
+
+
+def write_json(path: Path, content: dict) -> None:
+  """`write_text` of the content as JSON."""
+  write_text(path, json.dumps(content, indent=2, default=str) + '\n')
 
 
 def load_config(workdir: Path) -> ConfigDict:

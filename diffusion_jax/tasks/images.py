@@ -50,7 +50,7 @@ def make_task(data: ConfigDict, reference: int, seed: int, labels: tuple[int, ..
       decode=decode,
       render=render,
       metrics=lambda samples, cond: score(samples, cond, splits, classes, reference),
-      skipped=lambda: len(getattr(splits.train, 'skipped', ())) if read else 0)
+      skipped=lambda: sum(len(getattr(split, 'skipped', ())) for split in (splits.train, splits.test)) if read else 0)
 
 
 def load(data: ConfigDict) -> sources.Splits:
@@ -85,15 +85,14 @@ def fit_to(size: tuple[int, int], channels: int, resize: str) -> sources.Fit:
     if resize == 'none':
       raise ValueError(f'{name} has an image of {image.shape[0]}x{image.shape[1]} pixels, config.data.size is {size}: '
                        "type --config.data.resize=crop, or 'stretch', or another size.")
-    picture = Image.fromarray(image[..., 0] if channels == 1 else image)
+    picture = sources.to_picture(image)
     box = None
     if resize == 'crop':
       scale = min(picture.height / height, picture.width / width)
       high, wide = height * scale, width * scale
       top, left = (picture.height - high) / 2, (picture.width - wide) / 2
       box = (left, top, left + wide, top + high)
-    pixels = np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS, box))
-    return pixels if pixels.ndim == 3 else pixels[..., None]
+    return sources.to_array(picture.resize((width, height), Image.Resampling.LANCZOS, box))
   return fit
 
 
@@ -124,8 +123,7 @@ def decode(x) -> np.ndarray:
 def render(images: np.ndarray, columns: int) -> np.ndarray:
   """A grid of uint8 images [N, H, W, C], enlarged to at least 32 pixels a side, on white: [height, width, 3]."""
   factor = max(1, -(-32 // min(images.shape[1:3])))
-  picture = lambda image: Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
-  tiles = [sources.pixels(picture(image), 'RGB') for image in images]
+  tiles = [sources.pixels(sources.to_picture(image), 'RGB') for image in images]
   tiles = [np.pad(tile.repeat(factor, 0).repeat(factor, 1), ((1, 1), (1, 1), (0, 0)), constant_values=255)
            for tile in tiles]
   tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % columns)

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
+from diffusion_jax.runtime.logs import first_line
+
 Fit = Callable[[np.ndarray, str], np.ndarray]
 SPLIT_SEED = 0  # of the fixed shuffle before a data set without splits of its own is split
 
@@ -112,7 +114,7 @@ def tfds(name: str, path: str, train: str, test: str, fit: Fit) -> Splits:
     try:
       builder.download_and_prepare()
     except Exception as error:  # any of TFDS, tensorflow and the network
-      raise ValueError(f'{name} is not prepared in {builder.data_path} and could not be ({_first_line(error)}): mend that, '
+      raise ValueError(f'{name} is not prepared in {builder.data_path} and could not be ({first_line(error)}): mend that, '
                        + elsewhere) from error
   features = builder.info.features
   label = features['label'] if 'label' in features else None
@@ -186,9 +188,15 @@ def pixels(image: Image.Image, mode: str) -> np.ndarray:
   if mode != 'RGBA' and (image.mode in ('RGBA', 'LA', 'PA') or 'transparency' in image.info):
     image = image.convert('RGBA')
     image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
-  array = np.asarray(image.convert(mode))
+  return to_array(image.convert(mode))
+
+
+def to_picture(array: np.ndarray) -> Image.Image:
+  """uint8 [H, W, C] as a picture; one channel is grey."""
+  return Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
+
+
+def to_array(picture: Image.Image) -> np.ndarray:
+  """A picture as uint8 [H, W, C]."""
+  array = np.asarray(picture)
   return array if array.ndim == 3 else array[..., None]
-
-
-def _first_line(error: Exception) -> str:
-  return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

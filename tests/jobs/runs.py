@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from configs import base
@@ -26,7 +27,6 @@ def tiny(**fields):
 
 def trained_state(config, workdir):
   """The leaves of the newest checkpoint, as numpy arrays."""
-  import jax
   this = runs.open_run(config, Path(workdir), read=False)
   return [np.asarray(leaf) for leaf in jax.tree.leaves(runs.trained(this))]
 
@@ -35,6 +35,12 @@ def losses(workdir):
   """{step: loss} of metrics.jsonl."""
   lines = map(json.loads, (Path(workdir) / 'metrics.jsonl').read_text().splitlines())
   return {line['step']: line['loss'] for line in lines}
+
+
+def samples(workdir):
+  """samples.npz as a dict of arrays."""
+  with np.load(Path(workdir) / 'samples' / 'samples.npz') as file:
+    return dict(file)
 
 
 def flags(**fields):

@@ -9,7 +9,7 @@ from PIL import Image
 from diffusion_jax import run as runs_module
 from diffusion_jax.jobs import evaluate, sample, train
 from diffusion_jax.runtime.workdir import load_config
-from tests.jobs.runs import losses, tiny, trained_state
+from tests.jobs.runs import losses, samples, tiny, trained_state
 
 
 @pytest.fixture(scope='module')
@@ -29,11 +29,6 @@ def plain(tmp_path_factory):
   workdir = tmp_path_factory.mktemp('plain') / 'run'
   train.run(tiny(), workdir)
   return workdir
-
-
-def samples(workdir):
-  with np.load(workdir / 'samples' / 'samples.npz') as file:
-    return dict(file)
 
 
 def test_all_files_are_there(done):
@@ -67,6 +62,18 @@ def test_a_finished_run_says_so_and_does_nothing(done, capsys):
   out = capsys.readouterr().out
   assert 'finished, at step 4' in out and str(done) in out
   assert (done / 'metrics.jsonl').stat().st_mtime_ns == before
+
+
+def test_a_longer_run_that_was_killed_before_its_end_is_not_finished(tmp_path, capsys):
+  """finished.json of the shorter run must not pass for that of the longer one."""
+  train.run(tiny(train__steps=2), tmp_path)
+  shorter = (tmp_path / 'finished.json').read_text()
+  train.run(tiny(), tmp_path)
+  (tmp_path / 'finished.json').write_text(shorter)
+  capsys.readouterr()
+  assert train.run(tiny(), tmp_path) == 0
+  assert 'Finished at step 4' in capsys.readouterr().out
+  assert json.loads((tmp_path / 'finished.json').read_text()) == {'step': 4}
 
 
 def test_sample_and_evaluate_work_from_the_workdir_alone(done):

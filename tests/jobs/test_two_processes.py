@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax.jobs import train
-from tests.jobs.runs import ROOT, losses, tiny
+from tests.jobs.runs import ROOT, losses, samples, tiny
 
 FIELDS = dict(mesh='data=-1', sample__count=12, sample__batch=8, log__samples=2)
 PROGRAM = '''
@@ -29,11 +29,6 @@ def free_port():
     return probe.getsockname()[1]
 
 
-def samples(workdir):
-  with np.load(workdir / 'samples' / 'samples.npz') as file:
-    return file['x'].astype(int)
-
-
 @pytest.mark.slow
 def test_two_processes_are_one(tmp_path):
   address = f'localhost:{free_port()}'
@@ -45,4 +40,4 @@ def test_two_processes_are_one(tmp_path):
   train.run(tiny(**FIELDS), tmp_path / 'one')
   two, one = (losses(tmp_path / name) for name in ('two', 'one'))
   np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=1e-5)
-  np.testing.assert_allclose(samples(tmp_path / 'two'), samples(tmp_path / 'one'), atol=1)
+  np.testing.assert_allclose(*(samples(tmp_path / name)['x'].astype(int) for name in ('two', 'one')), atol=1)
