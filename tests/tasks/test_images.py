@@ -235,6 +235,15 @@ def test_labels_to_sample_that_there_are_not(label):
     task.context(np.arange(1))
 
 
+def test_skipped_held_out_files_are_counted(tmp_path):
+  fields = folder(tmp_path, 4) | {'holdout': 4}
+  images.load(config(**fields).data).test.paths[0].write_bytes(b'')
+  task = make_task(config(**fields, bad_files='skip'), True)
+  with pytest.warns(UserWarning, match='cannot be read'):
+    task.metrics(np.zeros((4, *task.shape), np.uint8), task.context(np.arange(4)))
+  assert task.skipped() == 1
+
+
 def test_skipped_files_are_counted(tmp_path):
   fields = folder(tmp_path, 4)
   (tmp_path / '1' / '2.png').write_bytes(b'')
