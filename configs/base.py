@@ -12,11 +12,13 @@ def get_config():
   config.mesh = 'data=-1'  # devices that share a batch; -1: all
 
   # The mathematics (diffusion_jax/core)
-  config.schedule = 'cosine()'  # schedules.py: t -> (alpha, sigma)
+  config.schedule = 'cosine()'  # schedules.py, betas.py: t -> (alpha, sigma); 'discrete(linear_betas(1000))'
   config.target = 'v()'  # targets.py: what the network predicts
-  config.space = 'v()'  # targets.py: the space in which the loss is taken
+  config.loss = 'regression()'  # 'regression(huber(0.1))', losses.py; 'hybrid()', 'bound(softmax(256))', bounds.py
+  config.space = 'v()'  # targets.py: the space in which a regression is taken
   config.times = 'stratified()'  # times.py: the law of the training times
-  config.weight = 'constant()'  # weights.py: w(logsnr), stated for space = 'noise()'
+  config.weight = 'constant()'  # weights.py: w(logsnr) of a regression, stated for space = 'noise()'
+  config.uncertainty = ''  # weights.py: 'uncertainty(128)' learns a weight of its own beside it; '': none
   config.solver = 'ddim()'  # solvers.py
   config.grid = 'uniform(64)'  # grids.py: the times that sampling visits
   config.transform = 'clip(1.0)'  # guidance.py: 'guide(2.0) | clip(1.0)', applied from left to right
@@ -77,6 +79,9 @@ def get_config():
   config.evaluate.count = 1000  # samples for each of the transforms; 0: no evaluation
   config.evaluate.batch = 250
   config.evaluate.transforms = ('clip(1.0)',)
+  config.evaluate.bits = 0  # held-out images, and training images, whose bits per entry are measured; 0: none
+  config.evaluate.trace = 'hutchinson(1)'  # likelihood.py: of the Jacobian, 'exact()' for a few hundred entries
+  config.evaluate.integrator = 'fixed(50)'  # ode.py: of the probability-flow ODE, 'adaptive(1e-4, 1e-4)'
   config.evaluate.reference = 5000  # most training images that scores use
   config.lock()
   return config

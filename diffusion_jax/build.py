@@ -53,13 +53,14 @@ def _build(node: ast.AST, text: str, names: dict[str, Callable]) -> Any:
       return ast.literal_eval(node)
     except (ValueError, TypeError) as error:
       raise ValueError(f'{text!r} contains {ast.unparse(node)!r}: calls, names and literals are legal.') from error
-  function = _find(ast.unparse(node.func), text, names)
+  name = ast.unparse(node.func)
+  function = _find(name, text, names)
   arguments = [_build(argument, text, names) for argument in node.args]
   keywords = {word.arg: _build(word.value, text, names) for word in node.keywords}
   try:
     inspect.signature(function).bind(*arguments, **keywords)
   except TypeError as error:
-    raise ValueError(f'{text!r}: {error}. Its form is {_form(function)}.') from None
+    raise ValueError(f'{text!r}: {error}. Its form is {_form(name, function)}.') from None
   try:
     return function(*arguments, **keywords)
   except ValueError as error:
@@ -81,11 +82,11 @@ def _find(name: str, text: str, names: dict[str, Callable]) -> Callable:
                    'that can be imported.')
 
 
-def _form(function: Callable) -> str:
+def _form(name: str, function: Callable) -> str:
   """name(argument, other=default), without annotations and without the fields that every Flax module has."""
   parameters = [each for each in inspect.signature(function).parameters.values() if each.name not in ('parent', 'name')]
   plain = [each.replace(annotation=inspect.Parameter.empty) for each in parameters]
-  return function.__name__ + str(inspect.Signature(plain))
+  return name.rpartition('.')[2] + str(inspect.Signature(plain))
 
 
 def _example(names: dict[str, Callable]) -> str:

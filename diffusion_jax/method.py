@@ -1,5 +1,6 @@
 """config -> Method: the one place where the mathematics meets the networks."""
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -10,23 +11,43 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from diffusion_jax.build import build, rows
-from diffusion_jax.core import grids, guidance, losses, schedules, solvers, targets, times, weights
+from diffusion_jax.core import (
+  betas,
+  bounds,
+  grids,
+  guidance,
+  likelihood,
+  losses,
+  ode,
+  schedules,
+  solvers,
+  targets,
+  times,
+  weights,
+)
+from diffusion_jax.core.losses import Distance, Loss
 from diffusion_jax.core.processes import Gaussian
 from diffusion_jax.core.solvers import Solver
 from diffusion_jax.core.targets import Target
-from diffusion_jax.core.types import Denoiser, Draw, Network, Schedule, Transform
+from diffusion_jax.core.times import Adaptive, Times
+from diffusion_jax.core.types import Denoiser, Draw, Learned, Network, Schedule, Transform
+from diffusion_jax.core.weights import Weight
 from diffusion_jax.networks import embed, unet
 from diffusion_jax.tasks.task import Task
 
 NETWORKS = {'UNet': unet.UNet}
+SCHEDULES = {**rows(schedules, Schedule), **rows(schedules, Learned), **rows(betas, Schedule), **rows(betas, betas.Betas)}
+TIMES = {**rows(times, Times), **rows(times, Adaptive)}
 
 
 class Method(NamedTuple):
-  """What is trained."""
+  """What is trained. `params` are {'params': the network's} with an entry beside it for every learned part of the
+  mathematics; `extra` is what training keeps and no gradient moves."""
   init: Callable  # key -> (params, extra)
   loss: Callable  # (params, extra, draw, batch) -> (losses [B], extra, metrics)
   denoiser: Callable[[PyTree, PyTree], Denoiser]  # (params, extra) -> denoiser
-  process: Gaussian
+  process: Callable[[PyTree], Gaussian]  # params -> process
+  times: Callable[[PyTree], Times]  # extra -> the law of the training times
 
 
 class Sampling(NamedTuple):
@@ -38,18 +59,20 @@ class Sampling(NamedTuple):
 
 def make_method(config: ConfigDict, task: Task) -> Method:
   """The method of a config for a task. Raises ValueError, before anything is compiled, where a field is illegal."""
-  process = Gaussian(_build(config, 'schedule', rows(schedules, Schedule)))
-  target, space = (_build(config, name, rows(targets, Target)) for name in ('target', 'space'))
-  law = _build(config, 'times', rows(times, times.Times))
-  weight = _build(config, 'weight', rows(weights, weights.Weight))
   if not 0 <= config.train.drop <= 1:
     raise ValueError(f'config.train.drop is {config.train.drop}; a probability between 0 and 1 is legal.')
-  loss = losses.regression(process, target, law, weight, space)
-  net = make_network(config, task)
+  schedule, law = _schedule(config), _build(config, 'times', TIMES)
+  uncertainty = _build(config, 'uncertainty', rows(weights, Learned)) if config.uncertainty else None
+  parts = {'schedule': schedule, 'uncertainty': uncertainty}
+  learned = {name: part for name, part in parts.items() if isinstance(part, Learned)}
+  adaptive = isinstance(law, Adaptive)
+  _check_times(config, law, Gaussian(_first(schedule)))
+  make_loss, net = _make_loss(config), make_network(config, task)
 
   def init(key):
     x, cond = _example(task)
-    return jax.jit(net.init)(key, x, jnp.zeros(1), cond), {}
+    mathematics = {name: part.init(jax.random.fold_in(key, i)) for i, (name, part) in enumerate(learned.items())}
+    return {**jax.jit(net.init)(key, x, jnp.zeros(1), cond), **mathematics}, {'times': law.init()} if adaptive else {}
 
   def network(params, dropout_keys=None) -> Network:
     def call(x, feature, cond):
@@ -57,25 +80,43 @@ def make_method(config: ConfigDict, task: Task) -> Method:
         raise ValueError('Guidance needs a network that was trained with dropped conditions: this one has '
                          f'{task.classes} classes and config.train.drop={config.train.drop}. Leave guide(...) out of the '
                          'transform, or train with config.train.drop=0.1.')
-      return net.apply(params, x, feature, cond, dropout_keys)
+      return net.apply({'params': params['params']}, x, feature, cond, dropout_keys)
     return call
+
+  process = lambda params: Gaussian(schedule.bind(params['schedule']) if 'schedule' in learned else schedule)
+  chosen = lambda extra: law.times(extra['times']) if adaptive else law
 
   def training_loss(params, extra, draw: Draw, batch):
     x0, cond = task.encode(batch)
     if cond is not None and config.train.drop:
       chance = lambda key: jax.random.bernoulli(key, config.train.drop)
       cond = {**cond, 'drop': jax.vmap(chance)(draw.part(2).keys)}
-    return loss(network(params, draw.part(3).keys), draw, x0, cond), extra, {}
+    drawn = chosen(extra)
+    def values_of(params):
+      loss = make_loss(process(params), _as_uniform(drawn) if adaptive else drawn)
+      return loss(network(params, draw.part(3).keys), draw, x0, cond, None)
+    values = _train_schedule(values_of, params) if 'schedule' in learned else values_of(params)
+    level = process(params).level(drawn.sample(process(params), draw.part(0)))  # the same draw as in the loss
+    metrics = {}
+    if adaptive:
+      extra = {'times': law.update(extra['times'], level.t, jax.lax.stop_gradient(values))}
+      values = values / drawn.density(process(params), level.t)
+    if uncertainty:
+      metrics = {'plain_loss': values.mean()}
+      log_variance = uncertainty.bind(params['uncertainty'])(level.logsnr)
+      values = values * jnp.exp(-log_variance) + log_variance
+    return values, extra, metrics
 
-  denoiser = lambda params, extra: targets.denoiser(process, target, network(params))
-  return Method(init, training_loss, denoiser, process)
+  denoiser = lambda params, extra: targets.denoiser(process(params), _target(config), network(params))
+  return Method(init, training_loss, denoiser, process, chosen)
 
 
 def make_network(config: ConfigDict, task: Task) -> nn.Module:
   """The backbone of config.network with an embedder for every condition of the task. Raises ValueError where the
   network's fields contradict each other or the task's shape."""
   backbone = build(config.network, NETWORKS)
-  backbone = backbone.clone(out_channels=task.shape[-1], axes=len(task.shape) - 1)
+  channels = task.shape[-1] * (2 if _target(config).learns_variance else 1)
+  backbone = backbone.clone(out_channels=channels, axes=len(task.shape) - 1)
   embedders = {'label': embed.Label(task.classes, backbone.vector_size)} if task.classes else {}
   net = embed.Conditional(backbone, embedders)
   x, cond = _example(task)
@@ -83,18 +124,93 @@ def make_network(config: ConfigDict, task: Task) -> nn.Module:
   return net
 
 
-def make_sampling(config: ConfigDict, method: Method, transform: str) -> Sampling:
+def make_sampling(config: ConfigDict, transform: str) -> Sampling:
   """The solver and grid of a config with a transform. Raises ValueError where the grid touches a singular point."""
-  grid = np.asarray(_build(config, 'grid', rows(grids, grids.Grid))(method.process.schedule))
-  target = _build(config, 'target', rows(targets, Target))
-  targets.check_grid(method.process, target, grid, f'config.target {config.target!r}')
-  return Sampling(_build(config, 'solver', rows(solvers, Solver)), grid,
+  schedule = _schedule(config)
+  grid = _build(config, 'grid', rows(grids, grids.Grid))
+  times = np.asarray(grid(_no_schedule if isinstance(schedule, Learned) else schedule))
+  targets.check_grid(Gaussian(_first(schedule)), _target(config), times, f'config.target {config.target!r}')
+  return Sampling(_build(config, 'solver', rows(solvers, Solver)), times,
                   build(transform, rows(guidance, Transform), join=guidance.chain))
 
 
-def _build(config: ConfigDict, field: str, names: dict[str, Callable]) -> Any:
+def make_likelihood(config: ConfigDict) -> tuple[likelihood.Trace, ode.Integrator]:
+  """How a config measures bits: the trace and the integrator."""
+  return (_build(config, 'evaluate.trace', rows(likelihood, likelihood.Trace)),
+          _build(config, 'evaluate.integrator', rows(ode, ode.Integrator)))
+
+
+def _schedule(config: ConfigDict) -> Schedule | Learned:
+  """The schedule, checked to be a way from data to noise; a learned one needs the loss that it can be learned by."""
+  schedule = _build(config, 'schedule', SCHEDULES)
+  schedules.check(_first(schedule), f'config.schedule {config.schedule!r}')
+  if isinstance(schedule, Learned) and _objective(config) != 'bound':
+    raise ValueError(f'config.schedule {config.schedule!r} is learned by the bound, whose mean it does not change; '
+                     f"config.loss is {config.loss!r}. Take config.loss='bound(softmax(256), high=None)'.")
+  return schedule
+
+
+def _first(schedule: Schedule | Learned) -> Schedule:
+  """The schedule before training."""
+  return schedule.bind(schedule.init(jax.random.key(0))) if isinstance(schedule, Learned) else schedule
+
+
+def _no_schedule(t):
+  raise ValueError("config.grid asks for the logsnr of a schedule that is learned; grids in t, such as 'uniform(64)', are "
+                   'legal here.')
+
+
+def _target(config: ConfigDict) -> Target:
+  return _build(config, 'target', rows(targets, Target))
+
+
+def _objective(config: ConfigDict) -> str:
+  return config.loss.partition('(')[0].strip()
+
+
+def _make_loss(config: ConfigDict) -> Callable[[Gaussian, Times], Loss]:
+  """(process, times) -> the loss of config.loss, tried once on the process before training."""
+  target, space = _target(config), _build(config, 'space', rows(targets, Target))
+  weight = _build(config, 'weight', rows(weights, Weight))
+  if _objective(config) == 'bound' and (config.weight not in ('constant()', 'constant') or config.uncertainty):
+    raise ValueError(f"config.loss {config.loss!r} has a weight of its own; config.weight is {config.weight!r} and "
+                     f"config.uncertainty {config.uncertainty!r}. Take 'constant()' and ''.")
+  def make(process, law):
+    squares = (process, target, law, weight, space)
+    names = {'regression': partial(losses.regression, *squares), 'hybrid': partial(bounds.hybrid, *squares),
+             'bound': partial(bounds.bound, process, target, law)}
+    return _build(config, 'loss', {**names, **rows(losses, Distance), **rows(bounds, bounds.Decoder)})
+  make(Gaussian(_first(_schedule(config))), times.uniform())
+  return make
+
+
+def _check_times(config: ConfigDict, law: Times | Adaptive, process: Gaussian) -> None:
+  """Raise ValueError where the law of times cannot be had on this schedule."""
+  law = law.times(law.init()) if isinstance(law, Adaptive) else law
   try:
-    return build(config[field], names)
+    jax.eval_shape(lambda key: law.sample(process, Draw(key, jnp.arange(2), 2)), jax.random.key(0))
+  except ValueError as error:
+    raise ValueError(f'config.times {config.times!r}: {error}') from error
+
+
+def _as_uniform(law: Times) -> Times:
+  """The law with the density of uniform times: what an adaptive law draws more often is weighted down after the loss."""
+  return law._replace(density=lambda process, t: jnp.ones_like(t))
+
+
+def _train_schedule(values_of: Callable, params: PyTree) -> jax.Array:
+  """The losses, with the gradient of VDM (arXiv:2107.00630, app. I.2): the inner parameters of the schedule, which do not
+  move the mean of the bound, get that of its square, and so make its variance least; all others get its own."""
+  still, schedule = jax.lax.stop_gradient(params), params['schedule']
+  values = values_of({**params, 'schedule': {**schedule, 'inner': still['schedule']['inner']}})
+  squares = values_of({**still, 'schedule': {**still['schedule'], 'inner': schedule['inner']}})**2
+  return values + squares - jax.lax.stop_gradient(squares)
+
+
+def _build(config: ConfigDict, field: str, names: dict[str, Callable]) -> Any:
+  group, _, name = field.rpartition('.')
+  try:
+    return build((config[group] if group else config)[name], names)
   except ValueError as error:
     raise ValueError(f'config.{field}: {error}') from error
 

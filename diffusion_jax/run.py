@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from diffusion_jax.core import sampling
 from diffusion_jax.core.types import example_keys
-from diffusion_jax.method import Method, make_method, make_sampling
+from diffusion_jax.method import Method, make_likelihood, make_method, make_sampling
 from diffusion_jax.runtime import mesh as meshes
 from diffusion_jax.runtime import optimizers
 from diffusion_jax.runtime.checkpoints import Checkpoints
@@ -61,6 +61,7 @@ def open_run(config: ConfigDict, workdir: Path, read: bool) -> Run:
   rate = optimizers.schedule(o.rate, o.warmup, o.decay, config.train.steps)
   optimizer = optimizers.adamw(rate, o.b1, o.b2, o.eps, o.weight_decay, o.clip)
   run = Run(config, workdir, mesh, task, method, optimizer, rate)
+  make_likelihood(config)
   for transform in {config.transform, *config.evaluate.transforms}:
     check_sampling(run, transform)
   return run
@@ -119,12 +120,12 @@ def sampling_program(run: Run, transform: str, keep: bool = False) -> Callable:
 
   The noise of a sample follows from config.sample.seed and its number in `index`.
   """
-  parts = make_sampling(run.config, run.method, transform)
+  parts = make_sampling(run.config, transform)
   walk = sampling.trajectory if keep else sampling.sample
   def program(params, extra, index, cond):
     keys = example_keys(jax.random.key(run.config.sample.seed), index)
     denoiser = parts.transform(run.method.denoiser(params, extra))
-    return walk(keys, run.method.process, parts.solver, denoiser, parts.grid, run.task.shape, cond)
+    return walk(keys, run.method.process(params), parts.solver, denoiser, parts.grid, run.task.shape, cond)
   return program
 
 

@@ -10,7 +10,8 @@ import numpy as np
 from jax import numpy as jnp
 from jax.scipy import stats
 
-from diffusion_jax.core.types import Estimate
+from diffusion_jax.core.tokens import Masked
+from diffusion_jax.core.types import Estimate, spread
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -102,6 +103,87 @@ class Independent:
       one = lambda leaf: self.mean + column(gain, leaf) * (leaf - self.mean * column(level.alpha, leaf))
       return Estimate(jax.tree.map(one, x))
     return denoise
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Clouds:
+  """Clouds of points x0 [points, axes] whose centre is 0: a template and normal noise of this std in the centred subspace.
+
+  weights [K], templates [K, points, axes], each centred.
+  """
+  weights: np.ndarray
+  templates: np.ndarray
+  std: float
+
+  @property
+  def mixture(self):
+    """The same law but for the centre, which is free; its denoiser leaves a centred x centred."""
+    return Mixture(self.weights, np.reshape(self.templates, (len(self.weights), -1)), self.std)
+
+  def sample(self, keys):
+    x = self.mixture.sample(keys).reshape(len(keys), *np.shape(self.templates)[1:])
+    return x - x.mean(1, keepdims=True)
+
+  def denoiser(self, process):
+    return self.mixture.denoiser(process)
+
+  def log_density(self, x, level):
+    """log density of xt in the subspace, which has (points - 1) axes dimensions. [B]"""
+    variance = (level.alpha * self.std)**2 + level.sigma**2
+    return self.mixture.log_density(x, level) + 0.5 * x.shape[-1] * jnp.log(2 * jnp.pi * variance)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Markov:
+  """Tokens x0 [length]: the first ~ initial [V], every other ~ the row of transition [V, V] of the one before it."""
+  initial: np.ndarray
+  transition: np.ndarray
+  length: int
+
+  @property
+  def marginals(self):
+    """The law of each token, [length, V]."""
+    powers = [np.linalg.matrix_power(np.asarray(self.transition), i) for i in range(self.length)]
+    return np.stack([np.asarray(self.initial) @ power for power in powers])
+
+  @property
+  def entropy(self):
+    """Nats an example: H(x_1) + sum_i H(x_i | x_{i-1})."""
+    of = lambda law: -np.sum(law * np.log(law), -1)
+    return of(np.asarray(self.initial)) + np.sum(self.marginals[:-1] @ of(np.asarray(self.transition)))
+
+  def sample(self, keys):
+    initial, transition = jnp.log(jnp.asarray(self.initial)), jnp.log(jnp.asarray(self.transition))
+    def one(key):
+      first, *others = jax.random.split(key, self.length)
+      x = [jax.random.categorical(first, initial)]
+      for each in others:
+        x.append(jax.random.categorical(each, transition[x[-1]]))
+      return jnp.stack(x)
+    return jax.vmap(one)(keys)
+
+  def log_prob(self, x):
+    """[B]"""
+    return np.log(self.initial)[x[:, 0]] + np.log(self.transition)[x[:, :-1], x[:, 1:]].sum(1)
+
+  def denoiser(self, process):
+    """log p(x0_i | xt without its entry i), up to a constant: what comes from the left times what comes from the right."""
+    normalized = lambda p: p / p.sum()
+    def one(likelihood):
+      initial, transition = (jnp.asarray(each, likelihood.dtype) for each in (self.initial, self.transition))
+      _, left = jax.lax.scan(lambda p, q: (normalized((p * q) @ transition), p), initial, likelihood)
+      _, right = jax.lax.scan(lambda p, q: (normalized(transition @ (p * q)), p), jnp.ones_like(initial), likelihood,
+                              reverse=True)
+      return jnp.log(left) + jnp.log(right)
+    return lambda x, level, cond=None: Estimate(jax.vmap(one)(_likelihood(process, x, level, len(self.initial))))
+
+
+def _likelihood(process, x, level, classes):
+  """q(xt_i | x0_i) for every x0_i up to a factor, [..., classes]: a mask says nothing, another token all there is."""
+  same = jax.nn.one_hot(x, classes)
+  if isinstance(process, Masked):
+    return jnp.where((x == classes)[..., None], 1.0, same)
+  return spread(level.alpha, same) * same + spread((1 - level.alpha) / classes, same)
 
 
 def _each(function: Callable, x, *levels):

@@ -14,8 +14,8 @@ MODULES = {parts: path for parts, path in FILES.items() if parts[-1] != '__init_
 ORDER = [{'build', 'core'}, {'networks', 'metrics', 'runtime'}, {'pretrained'}, {'tasks'}, {'method'},
          {'run', 'pictures'}, {'jobs'}, {'main'}]
 RANK = {part: rank for rank, line in enumerate(ORDER) for part in line}
-CORE = ['types', 'schedules', 'processes', 'targets', 'times', 'grids', 'weights', 'losses', 'guidance', 'solvers',
-        'sampling']
+CORE = ['types', 'schedules', 'betas', 'processes', 'tokens', 'targets', 'times', 'grids', 'weights', 'losses', 'bounds',
+        'guidance', 'solvers', 'sampling', 'ode', 'likelihood']
 
 
 def imports(path, body=None):

@@ -7,14 +7,15 @@ import numpy as np
 from diffusion_jax.core import sampling, schedules
 from diffusion_jax.core.processes import Gaussian
 from diffusion_jax.core.types import Estimate, example_keys
+from tests import rows
 
-ROOT = Path(__file__).parents[1]
+README = Path(__file__).parents[1] / 'README.md'
 
 
 def run_blocks():
   """All names that the README's Python blocks define."""
   names = {}
-  for block in re.findall(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.S):
+  for block in re.findall(r'```python\n(.*?)```', README.read_text(), re.S):
     exec(block, names)
   return names
 
@@ -45,5 +46,9 @@ def test_the_example_samples():
 
 
 def test_functions_stay_under_twenty_lines():
-  for block in re.findall(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.S):
+  for block in re.findall(r'```python\n(.*?)```', README.read_text(), re.S):
     assert block.count('\n') < 20
+
+
+def test_the_table_of_rows_is_that_of_the_package():
+  assert rows.render() in README.read_text(), 'Type python -m tests.rows.'

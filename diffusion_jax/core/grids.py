@@ -38,8 +38,22 @@ def logsnr(steps: int, low: float = -10.0, high: float = 10.0) -> Grid:
 
 
 def shift(grid: Grid, factor: float) -> Grid:
-  """Another grid, moved by schedules.shift to suit `factor` times the resolution."""
-  return lambda schedule: np.asarray(schedules.shift(schedule, factor)(grid(schedule)))
+  """Another grid, moved by schedules.shift to suit `factor` times the resolution.
+
+  Raises ValueError where factor < 1 takes some of its times beyond the start of the schedule.
+  """
+  def shifted(schedule):
+    times = np.asarray(schedules.shift(schedule, factor)(grid(schedule)))
+    if not (np.diff(times) < 0).all():
+      raise ValueError(f'shift by {factor} takes times of the grid beyond the logsnr at which this schedule starts, or '
+                       'nearer to each other than floats: take fewer steps, or no shift.')
+    return times
+  return shifted
+
+
+def dimension_shift(grid: Grid, size: int, base: int = 4096) -> Grid:
+  """`shift` by sqrt(size / base) for examples of `size` numbers (schedules.dimension_factor)."""
+  return shift(grid, schedules.dimension_factor(size, base))
 
 
 def _at_logsnr(values: np.ndarray) -> Grid:

@@ -4,12 +4,12 @@ import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Array, Key, PyTree
 
-from diffusion_jax.core.processes import Gaussian
+from diffusion_jax.core.processes import Process
 from diffusion_jax.core.solvers import Solver
 from diffusion_jax.core.types import Cond, Denoiser, fold, split
 
 
-def sample(keys: Key[Array, 'batch'], process: Gaussian, solver: Solver, denoiser: Denoiser, grid: np.ndarray,
+def sample(keys: Key[Array, 'batch'], process: Process, solver: Solver, denoiser: Denoiser, grid: np.ndarray,
            shape: PyTree, cond: Cond = None, start: PyTree = None) -> PyTree:
   """Draw one sample a key by walking `solver` from grid[0] to grid[-1].
 
@@ -21,7 +21,7 @@ def sample(keys: Key[Array, 'batch'], process: Gaussian, solver: Solver, denoise
   return last(x)[0]
 
 
-def trajectory(keys: Key[Array, 'batch'], process: Gaussian, solver: Solver, denoiser: Denoiser, grid: np.ndarray,
+def trajectory(keys: Key[Array, 'batch'], process: Process, solver: Solver, denoiser: Denoiser, grid: np.ndarray,
                shape: PyTree, cond: Cond = None, start: PyTree = None) -> tuple[PyTree, PyTree]:
   """Like `sample`, but keep the way: (xt at every time of the grid, the estimate of x0 at every time but the last).
 

@@ -12,7 +12,7 @@ from jax import numpy as jnp
 from jaxtyping import Array, PyTree
 
 from diffusion_jax.core.processes import Gaussian
-from diffusion_jax.core.types import Denoiser, Estimate, Level, Network, combine
+from diffusion_jax.core.types import Cond, Denoiser, Estimate, Level, Network, combine
 
 
 class Target(NamedTuple):
@@ -20,6 +20,7 @@ class Target(NamedTuple):
   pair: Callable[[Gaussian, Level], tuple[Array, Array]]  # (a, b)
   scale: Callable[[Level], Array] = lambda level: jnp.ones_like(level.t)  # c_in, of the network's input
   feature: Callable[[Level], Array] = lambda level: 1000 * level.t  # c_noise, what the network is told of the level
+  learns_variance: bool = False  # the network's output has twice the channels, the second half for the variance
 
 
 def noise() -> Target:
@@ -63,6 +64,37 @@ def edm(sigma_data: float = 0.5) -> Target:
   return Target(pair, scale, lambda level: -level.logsnr / 8)
 
 
+def vp(steps: int = 1000) -> Target:
+  """The VP column of EDM's table 1: the noise, from xt at unit scale, with the time feature (steps - 1) t (2206.00364)."""
+  _check_steps('vp', steps)
+  return noise()._replace(scale=_to_unit_scale, feature=lambda level: (steps - 1) * level.t)
+
+
+def ve() -> Target:
+  """The VE column of EDM's table 1: -noise, from xt / alpha, with the time feature log(sigma / (2 alpha)) (2206.00364).
+
+  D = -alpha: singular where alpha = 0.
+  """
+  minus = lambda process, level: (jnp.zeros_like(level.t), -jnp.ones_like(level.t))
+  return Target(minus, lambda level: 1 / level.alpha, lambda level: -0.5 * level.logsnr - jnp.log(2))
+
+
+def iddpm(steps: int = 1000) -> Target:
+  """The iDDPM column of EDM's table 1: the noise, from xt at unit scale, with the number 0..steps - 1 of the nearest step
+  as time feature, as networks trained on a table of `steps` betas expect it (2206.00364)."""
+  _check_steps('iddpm', steps)
+  return noise()._replace(scale=_to_unit_scale, feature=lambda level: jnp.maximum(jnp.round(steps * level.t) - 1, 0))
+
+
+def learned_variance(target: Target) -> Target:
+  """The same target, with a network that also predicts the variance of the reverse step (arXiv:2102.09672, eq. 15).
+
+  The last axis of its output is twice that of x: the prediction, then u, where (u + 1) / 2 is the place of the log
+  variance between the least and the largest (processes.reverse_variance), as in ADM and DiT. Train it with `hybrid`.
+  """
+  return target._replace(learns_variance=True)
+
+
 def determinant(process: Gaussian, target: Target, level: Level) -> Array:
   """D = alpha b - sigma a; the target is singular where it is 0."""
   a, b = target.pair(process, level)
@@ -80,16 +112,31 @@ def noise_of(level: Level, xt: PyTree, x0: PyTree) -> PyTree:
   return combine((1 / level.sigma, xt), (-level.alpha / level.sigma, x0))
 
 
+def predict(target: Target, network: Network, xt: PyTree, level: Level, cond: Cond) -> tuple[PyTree, PyTree]:
+  """(prediction, the fraction of Estimate.variance or None) of a network at xt."""
+  batch = jax.tree.leaves(xt)[0].shape[0]
+  feature = target.feature(level)
+  feature = jnp.broadcast_to(feature, (batch,)) if feature.ndim == 0 else feature
+  out = network(combine((target.scale(level), xt)), feature, cond)
+  if not target.learns_variance:
+    return out, None
+  halves = jax.tree.map(lambda leaf: tuple(jnp.split(leaf, 2, -1)), out)
+  first, second = jax.tree.transpose(jax.tree.structure(out), jax.tree.structure((0, 0)), halves)
+  return first, jax.tree.map(lambda leaf: (leaf + 1) / 2, second)
+
+
+def estimate_of(process: Gaussian, target: Target, level: Level, xt: PyTree, prediction: PyTree) -> PyTree:
+  """The estimate of x0 that a prediction stands for: (b xt - sigma pred) / D."""
+  _, b = target.pair(process, level)
+  d = determinant(process, target, level)
+  return process.project(combine((b / d, xt), (-level.sigma / d, prediction)))
+
+
 def denoiser(process: Gaussian, target: Target, network: Network) -> Denoiser:
-  """The denoiser that a network of this target defines: x0 = (b xt - sigma pred) / D."""
+  """The denoiser that a network of this target defines."""
   def denoise(xt, level, cond=None):
-    batch = jax.tree.leaves(xt)[0].shape[0]
-    feature = target.feature(level)
-    feature = jnp.broadcast_to(feature, (batch,)) if feature.ndim == 0 else feature
-    prediction = network(combine((target.scale(level), xt)), feature, cond)
-    _, b = target.pair(process, level)
-    d = determinant(process, target, level)
-    return Estimate(combine((b / d, xt), (-level.sigma / d, prediction)))
+    prediction, variance = predict(target, network, xt, level, cond)
+    return Estimate(estimate_of(process, target, level, xt, prediction), variance)
   return denoise
 
 
@@ -103,3 +150,13 @@ def check_grid(process: Gaussian, target: Target, grid: np.ndarray, name: str = 
     t, alpha, sigma = (float(entry[bad][0]) for entry in map(np.asarray, level))
     raise ValueError(f'{name} is singular at t={t:g} (alpha={alpha:.3g}, sigma={sigma:.3g}), which the grid contains. '
                      "Start the grid lower, for example 'uniform(64, t_max=0.99)', or predict 'v()' or 'x0()'.")
+
+
+def _to_unit_scale(level: Level) -> Array:
+  """What brings xt / alpha to unit scale, sqrt(1 + (sigma / alpha)^2) below it, written for xt."""
+  return 1 / jnp.sqrt(level.alpha**2 + level.sigma**2)
+
+
+def _check_steps(name: str, steps: int) -> None:
+  if steps < 2:
+    raise ValueError(f'{name} needs 2 steps or more; got {steps}.')

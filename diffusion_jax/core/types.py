@@ -24,9 +24,9 @@ class Level(NamedTuple):
 
 
 class Estimate(NamedTuple):
-  """What a denoiser says of the data: their mean given xt; a learned variance and other outputs where it has them."""
+  """What a denoiser says of the data given xt: their mean, or for tokens their logits; and of the reverse step."""
   x0: PyTree
-  variance: PyTree = None
+  variance: PyTree = None  # where log Var p(xs | xt) lies between its least, 0, and its largest, 1; None: 0
   aux: PyTree = None
 
 
@@ -43,6 +43,12 @@ class Draw(NamedTuple):
   def part(self, purpose: int) -> 'Draw':
     """The randomness for one purpose, independent of that for every other."""
     return self._replace(key=jax.random.fold_in(self.key, purpose))
+
+
+class Learned(NamedTuple):
+  """A part of the mathematics that has parameters of its own; they live with the network's."""
+  init: Callable[[Key[Array, '']], PyTree]
+  bind: Callable[[PyTree], Callable]  # parameters -> the part: a Schedule, ...
 
 
 Schedule = Callable[[Array], tuple[Array, Array]]  # t -> (alpha, sigma)

@@ -1,11 +1,16 @@
-"""--mode=evaluate: scores of the samples of a trained run, each beside that of held-out data."""
+"""--mode=evaluate: scores of the samples of a trained run, each beside that of held-out data, and its bits per entry."""
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion_jax.run import Run, draw, make_sampler, open_run, provenance, trained
+from diffusion_jax.core import likelihood
+from diffusion_jax.core.types import example_keys
+from diffusion_jax.method import make_likelihood
+from diffusion_jax.run import Run, chosen_ema, chosen_params, draw, make_sampler, open_run, provenance, trained
+from diffusion_jax.runtime import mesh as meshes
 from diffusion_jax.runtime import workdir as workdirs
 from diffusion_jax.runtime.logs import say, table
 from diffusion_jax.runtime.step import State
@@ -19,7 +24,8 @@ def run(config: ConfigDict, workdir: Path) -> int:
 
 
 def write(this: Run, state: State) -> Path:
-  """Score config.evaluate.count samples for each of config.evaluate.transforms, into results.json and on the screen."""
+  """Score config.evaluate.count samples for each of config.evaluate.transforms, and config.evaluate.bits images, into
+  results.json and on the screen."""
   c = this.config
   if c.evaluate.count < 2:
     raise ValueError(f'config.evaluate.count is {c.evaluate.count}; scores need 2 samples or more.')
@@ -33,8 +39,46 @@ def write(this: Run, state: State) -> Path:
         f'{c.sample.seed}')
     table({'': f'{"samples":>10} {"held out":>10}',
            **{name: f'{value["samples"]:10.4f} {value["held_out"]:10.4f}' for name, value in pairs.items()}})
+  bits = bits_per_entry(this, state) if c.evaluate.bits else None
   path = this.workdir / 'results.json'
   if jax.process_index() == 0:
     workdirs.write_json(path, {'commit': workdirs.commit(), 'data': this.task.summary, 'skipped_files': this.task.skipped(),
-                               'scores': results})
+                               'scores': results, 'likelihood': bits})
   return path
+
+
+def bits_per_entry(this: Run, state: State) -> dict:
+  """Bits per entry, by the probability-flow ODE, of at most config.evaluate.bits held-out and training images, given their
+  classes: the model's code length of an 8-bit value."""
+  c = this.config
+  program = jax.jit(_bits_program(this))
+  found = {}
+  for split in ('held_out', 'train'):
+    rows = this.task.examples(split, c.evaluate.bits)
+    count = len(rows['x'])
+    batch = -(-min(c.evaluate.batch, count) // this.mesh.size) * this.mesh.size
+    parts = []
+    for first in range(0, count, batch):
+      index = np.minimum(np.arange(first, first + batch), count - 1)  # the last batch is filled up; the surplus is cut off
+      local = np.split(index, jax.process_count())[jax.process_index()]
+      part = {'index': local.astype(np.int32), **{name: value[local] for name, value in rows.items()}}
+      parts.append(meshes.gather(program(chosen_params(this, state), state.extra, meshes.put(part, this.mesh))))
+    values = np.concatenate(parts)[:count]
+    mean, error, error_draws = map(float, likelihood.summary(values))
+    found[split] = {'bits': mean, 'standard_error': error, 'standard_error_of_draws': error_draws, 'images': count}
+  say(f'\nBits per entry, {c.evaluate.integrator}, {c.evaluate.trace}, uniform dequantization, EMA {chosen_ema(c)}')
+  show = lambda row: f'{row["bits"]:10.4f} +- {row["standard_error"]:.4f} ({row["images"]} images)'
+  table({name: show(row) for name, row in found.items()})
+  return {'step': int(state.step), 'ema': chosen_ema(c), 'seed': c.sample.seed, 'integrator': c.evaluate.integrator,
+          'trace': c.evaluate.trace, 'dequantization': 'uniform', **found}
+
+
+def _bits_program(this: Run) -> Callable:
+  """(params, extra, rows) -> bits [B, probes]; the noise of an image follows from config.sample.seed and its number."""
+  trace, integrator = make_likelihood(this.config)
+  def program(params, extra, rows):
+    _, cond = this.task.encode(rows)
+    keys = example_keys(jax.random.key(this.config.sample.seed), rows['index'])
+    return likelihood.bits(this.method.process(params), this.method.denoiser(params, extra), keys, rows['x'].astype(int),
+                           256, cond, trace=trace, integrator=integrator)
+  return program

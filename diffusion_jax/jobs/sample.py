@@ -7,8 +7,6 @@ from jax import numpy as jnp
 from ml_collections import ConfigDict
 
 from diffusion_jax import pictures
-from diffusion_jax.build import build, rows
-from diffusion_jax.core import times
 from diffusion_jax.core.types import example_keys, fold
 from diffusion_jax.method import make_sampling
 from diffusion_jax.run import Run, chosen_params, draw, make_sampler, open_run, provenance, trained
@@ -40,7 +38,7 @@ def write(this: Run, state: State) -> list[Path]:
     np.savez_compressed(folder / 'samples.npz', x=samples, **cond)
     workdirs.write_json(folder / 'samples.json', provenance(this, state, c.sample.count, c.transform))
   ways = write_trajectory(this, state)
-  return [picture, folder / 'samples.npz', *ways, write_schedule(this)] if jax.process_index() == 0 else []
+  return [picture, folder / 'samples.npz', *ways, write_schedule(this, state)] if jax.process_index() == 0 else []
 
 
 def sheet(this: Run, samples: np.ndarray) -> np.ndarray:
@@ -54,12 +52,13 @@ def sheet(this: Run, samples: np.ndarray) -> np.ndarray:
 
 def write_trajectory(this: Run, state: State) -> list[Path]:
   """trajectory.png and trajectory.gif: a sample being noised, and noise becoming that sample, with the estimates of x0."""
-  c, process, mesh = this.config, this.method.process, this.mesh
+  c, params, mesh = this.config, chosen_params(this, state), this.mesh
+  process = this.method.process(params)
   index = np.arange(-(-10 // mesh.size) * mesh.size, dtype=np.int32)
   sampler = make_sampler(this, c.transform, keep=True)
-  xts, x0s = map(meshes.gather, sampler(chosen_params(this, state), state.extra, index))
+  xts, x0s = map(meshes.gather, sampler(params, state.extra, index))
   x0s = np.concatenate([x0s, xts[-1:]])  # at t = 0 the estimate is the sample
-  grid = make_sampling(c, this.method, c.transform).grid
+  grid = make_sampling(c, c.transform).grid
   level = process.level(grid)
   if jax.process_index():
     return []
@@ -82,14 +81,13 @@ def write_trajectory(this: Run, state: State) -> list[Path]:
   return [figure, pictures.save_gif(this.workdir / 'trajectory.gif', there + back, 60)]
 
 
-def write_schedule(this: Run) -> Path:
+def write_schedule(this: Run, state: State) -> Path:
   """schedule.png: the schedule of the run, its training times and its grid."""
-  c, process = this.config, this.method.process
+  c, process = this.config, this.method.process(chosen_params(this, state))
   t = np.linspace(0, 1, 402)[1:-1]
   level = process.level(t)
-  law = build(c.times, rows(times, times.Times))
-  density = law.density(process, level.t) / np.abs(np.asarray(process.logsnr_slope(level)))
-  grid = make_sampling(c, this.method, c.transform).grid
+  density = this.method.times(state.extra).density(process, level.t) / np.abs(np.asarray(process.logsnr_slope(level)))
+  grid = make_sampling(c, c.transform).grid
   inner = process.level(grid[(grid > 0) & (grid < 1)])
   return pictures.schedule_figure(
       this.workdir / 'schedule.png', t, np.asarray(level.alpha), np.asarray(level.sigma), np.asarray(level.logsnr),

@@ -49,6 +49,7 @@ def make_task(data: ConfigDict, reference: int, seed: int, labels: tuple[int, ..
       context=context,
       decode=decode,
       render=render,
+      examples=lambda split, most: _read(splits.train if split == 'train' else splits.test, most),
       metrics=lambda samples, cond: score(samples, cond, splits, classes, reference),
       skipped=lambda: sum(len(getattr(split, 'skipped', ())) for split in (splits.train, splits.test)) if read else 0)
 
@@ -142,9 +143,8 @@ def features(images: np.ndarray) -> np.ndarray:
 
 def score(samples: np.ndarray, cond: dict | None, splits: sources.Splits, classes: int, reference: int) -> dict[str, Any]:
   """Scores of uint8 samples beside those of held-out data. Distances compare equally many samples and held-out images."""
-  train, train_labels = _read(splits.train, reference)
-  test, test_labels = _read(splits.test, min(len(samples), reference))
-  real, held, drawn = features(train), features(test), features(samples)
+  train, test = _read(splits.train, reference), _read(splits.test, min(len(samples), reference))
+  real, held, drawn = features(train['x']), features(test['x']), features(samples)
   count = min(len(held), len(drawn))
   pair = lambda measure: {'samples': measure(drawn[:count]), 'held_out': measure(held[:count])}
   scores = {
@@ -155,9 +155,9 @@ def score(samples: np.ndarray, cond: dict | None, splits: sources.Splits, classe
       'nearest_training_distance_median': {'samples': float(np.median(nearest_distances(drawn, real))),
                                            'held_out': float(np.median(nearest_distances(held, real)))}}
   if classes:
-    predict = fit_svm(real, train_labels)
+    predict = fit_svm(real, train['label'])
     scores['svm_accuracy'] = {'samples': float(np.mean(predict(drawn) == cond['label'])),
-                              'held_out': float(np.mean(predict(held) == test_labels))}
+                              'held_out': float(np.mean(predict(held) == test['label']))}
   return scores
 
 
@@ -168,13 +168,13 @@ def _averaging(old: int, new: int) -> np.ndarray:
   return overlap.clip(0) * new / old
 
 
-def _read(source: Any, most: int) -> tuple[np.ndarray, np.ndarray]:
+def _read(source: Any, most: int) -> dict[str, np.ndarray]:
   """The images and labels of at most `most` examples, after a fixed shuffle where there are more."""
   rows = np.arange(len(source))
   if len(rows) > most:
     rows = np.random.default_rng(sources.SPLIT_SEED).permutation(len(rows))[:most]
   examples = [source[int(i)] for i in rows]
-  return np.stack([each['x'] for each in examples]), np.array([each['label'] for each in examples])
+  return {name: np.stack([each[name] for each in examples]) for name in ('x', 'label')}
 
 
 def summarise(data: ConfigDict, splits: sources.Splits, classes: int) -> str:

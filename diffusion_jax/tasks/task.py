@@ -19,6 +19,7 @@ class Task(NamedTuple):
   context: Callable[[np.ndarray], Cond]  # sample numbers -> what to sample
   decode: Callable[[Array], np.ndarray]  # samples -> uint8
   render: Callable[[np.ndarray, int], np.ndarray]  # (uint8 samples, columns) -> a picture [H, W, 3], uint8
+  examples: Callable[[str, int], dict]  # ('train' or 'held_out', most) -> rows of a fixed choice of examples
   metrics: Callable[[np.ndarray, Cond], dict[str, Any]]  # (uint8 samples, their cond) -> scores beside their floors
   skipped: Callable[[], int]  # bad files left out so far
 

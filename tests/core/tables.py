@@ -7,18 +7,44 @@ import pytest
 from jax import numpy as jnp
 
 from diffusion_jax import build
-from diffusion_jax.core import grids, guidance, schedules, solvers, targets, times, weights
+from diffusion_jax.core import betas, bounds, grids, guidance, losses, schedules, solvers, targets, times, weights
 from diffusion_jax.core.types import Draw, example_keys
 from tests import oracles
 
 SCHEDULES = {
   'linear': schedules.linear(),
+  'scaled_linear': schedules.scaled_linear(),
+  'exponential': schedules.exponential(),
+  'sub_vp': schedules.sub_vp(),
   'cosine': schedules.cosine(),
-  'flow': schedules.flow(),
+  'cosine(0.008)': schedules.cosine(0.008),
+  'trigonometric': schedules.trigonometric(0.5),
+  'sigmoid': schedules.sigmoid(),
+  'polynomial': schedules.polynomial(),
+  'geometric': schedules.geometric(),
   'karras': schedules.karras(),
+  'flow': schedules.flow(),
+  'laplace': schedules.laplace(),
+  'cauchy': schedules.cauchy(),
   'path': schedules.path(partial(schedules.logsnr_of, schedules.cosine()), p=1.5),
 }
-REACHING_NOISE = {name: SCHEDULES[name] for name in ('cosine', 'flow', 'path')}  # alpha(1) = 0
+TABLES = {
+  'linear_betas': betas.linear_betas(),
+  'scaled_linear_betas': betas.scaled_linear_betas(),
+  'cosine_betas': betas.cosine_betas(),
+  'sigmoid_betas': betas.sigmoid_betas(),
+  'exponential_betas': betas.exponential_betas(100),
+  'zero_snr': betas.zero_snr(betas.scaled_linear_betas()),
+}
+DISCRETE = {'discrete': betas.discrete(TABLES['linear_betas']), 'discrete(zero_snr)': betas.discrete(TABLES['zero_snr'])}
+LEARNED = {'monotone': schedules.monotone(32)}
+# Every kind of schedule: the rows, tables of betas, and a learned one at its first parameters.
+ALL_SCHEDULES = {**SCHEDULES, **DISCRETE,
+                 'monotone': LEARNED['monotone'].bind(LEARNED['monotone'].init(jax.random.key(0)))}
+# alpha(1) = 0
+REACHING_NOISE = {name: ALL_SCHEDULES[name] for name in (
+  'cosine', 'cosine(0.008)', 'trigonometric', 'sigmoid', 'flow', 'laplace', 'cauchy', 'path', 'discrete(zero_snr)')}
+FEW = {name: SCHEDULES[name] for name in ('linear', 'cosine', 'karras', 'flow', 'path')}  # for what costs time
 TARGETS = {
   'noise': targets.noise(),
   'x0': targets.x0(),
@@ -26,6 +52,9 @@ TARGETS = {
   'velocity': targets.velocity(),
   'score': targets.score(),
   'edm': targets.edm(0.7),
+  'vp': targets.vp(),
+  've': targets.ve(),
+  'iddpm': targets.iddpm(),
 }
 # D = alpha b - sigma a, worked out by hand, of (alpha, sigma, d alpha / dt, d sigma / dt).
 DETERMINANTS = {
@@ -35,25 +64,57 @@ DETERMINANTS = {
   'velocity': lambda a, s, da, ds: a * ds - s * da,
   'score': lambda a, s, da, ds: -a / s,
   'edm': lambda a, s, da, ds: -np.sqrt((0.7 * a)**2 + s**2) / 0.7,
+  'vp': lambda a, s, da, ds: a,
+  've': lambda a, s, da, ds: -a,
+  'iddpm': lambda a, s, da, ds: a,
 }
 TIMES = {
   'uniform': times.uniform(0.1, 0.9),
   'stratified': times.stratified(),
+  'antithetic': times.antithetic(),
+  'discrete': times.discrete(50),
   'lognormal': times.lognormal(),
+  'lognormal(stratified)': times.lognormal(-0.4, 1.0, times.stratified()),
+  'log_uniform': times.log_uniform(0.02, 20.0),
+  'logit_normal': times.logit_normal(0.3, 0.8),
+  'mode': times.mode(1.29),
+  'cosmap': times.cosmap(),
+  'cosine_interpolated': times.cosine_interpolated(),
   'shift': times.shift(times.uniform(), 2.0),
+  'dimension_shift': times.dimension_shift(times.uniform(), 16384, 4096),
 }
 GRIDS = {
   'uniform': grids.uniform(8),
-  'karras': grids.karras(8, 0.01, 70.0),
-  'logsnr': grids.logsnr(8, -8.0, 9.0),
+  'karras': grids.karras(8, 0.02, 10.0),  # within the range of every schedule
+  'logsnr': grids.logsnr(8, -4.9, 9.0),
   'shift': grids.shift(grids.uniform(8), 0.5),
+  'dimension_shift': grids.dimension_shift(grids.uniform(8), 1024, 4096),
 }
 WEIGHTS = {
   'constant': weights.constant(),
+  'elbo': weights.elbo(),
+  'snr': weights.snr(0.5),
+  'truncated_snr': weights.truncated_snr(),
   'min_snr': weights.min_snr(),
+  'soft_min_snr': weights.soft_min_snr(),
+  'p2': weights.p2(0.5, 2.0),
+  'rectified_flow': weights.rectified_flow(),
+  'logit_normal': weights.logit_normal(0.3, 0.8),
+  'cosmap': weights.cosmap(),
   'edm': weights.edm(0.7),
   'sigmoid': weights.sigmoid(1.5),
   'measure': weights.measure(weights.sigmoid(1.5)),
+}
+DISTANCES = {
+  'squared': losses.squared(),
+  'absolute': losses.absolute(),
+  'huber': losses.huber(0.5),
+  'pseudo_huber': losses.pseudo_huber(0.3),
+}
+DECODERS = {
+  'density': bounds.density(),
+  'discretized': bounds.discretized(16),
+  'softmax': bounds.softmax(16),
 }
 TRANSFORMS = {
   'guide': guidance.guide(2.5),
