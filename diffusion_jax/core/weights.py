@@ -104,6 +104,8 @@ def uncertainty(features: int = 128) -> Learned:
   rng = np.random.default_rng(0)
   frequencies, phases = 2 * np.pi * rng.normal(size=features), 2 * np.pi * rng.random(features)
   def bind(params):
-    one = lambda logsnr: jnp.vdot(params, np.sqrt(2 / features) * jnp.cos(-logsnr / 8 * frequencies + phases))
+    def one(logsnr):
+      c_noise = -jnp.clip(logsnr, -40, 40) / 8  # finite also for pure noise
+      return jnp.vdot(params, np.sqrt(2 / features) * jnp.cos(c_noise * frequencies + phases))
     return jnp.vectorize(one)
   return Learned(lambda key: jnp.zeros(features), bind)

@@ -148,3 +148,9 @@ def test_bad_arguments_get_a_sentence(call, sentence):
   with pytest.raises(ValueError) as error:
     call()
   assert str(error.value) == sentence
+
+
+def test_the_uncertainty_of_pure_noise_and_of_data_is_finite():
+  u = weights.uncertainty(8).bind(jnp.ones(8))(jnp.array([-jnp.inf, -40.0, 40.0, jnp.inf]))
+  np.testing.assert_allclose(u[::3], u[1:3])
+  assert np.isfinite(u).all()
