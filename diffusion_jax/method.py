@@ -18,11 +18,14 @@ from diffusion_jax.core import (
   guidance,
   likelihood,
   losses,
+  multistep,
   ode,
   schedules,
+  singlestep,
   solvers,
   targets,
   times,
+  types,
   weights,
 )
 from diffusion_jax.core.losses import Distance, Loss
@@ -37,6 +40,7 @@ from diffusion_jax.tasks.task import Task
 
 NETWORKS = {'UNet': unet.UNet}
 SCHEDULES = {**rows(schedules, Schedule), **rows(schedules, Learned), **rows(betas, Schedule), **rows(betas, betas.Betas)}
+SOLVERS = {**rows(solvers, Solver), **rows(singlestep, Solver), **rows(multistep, Solver)}
 TIMES = {**rows(times, Times), **rows(times, Adaptive)}
 
 
@@ -90,13 +94,13 @@ def make_method(config: ConfigDict, task: Task) -> Method:
     x0, cond = task.encode(batch)
     if cond is not None and config.train.drop:
       chance = lambda key: jax.random.bernoulli(key, config.train.drop)
-      cond = {**cond, 'drop': jax.vmap(chance)(draw.part(2).keys)}
+      cond = {**cond, 'drop': jax.vmap(chance)(draw.part(types.DROP).keys)}
     drawn = chosen(extra)
     def values_of(params):
       loss = make_loss(process(params), _as_uniform(drawn) if adaptive else drawn)
-      return loss(network(params, draw.part(3).keys), draw, x0, cond, None)
+      return loss(network(params, draw.part(types.DROPOUT).keys), draw, x0, cond, None)
     values = _train_schedule(values_of, params) if 'schedule' in learned else values_of(params)
-    level = process(params).level(drawn.sample(process(params), draw.part(0)))  # the same draw as in the loss
+    level = process(params).level(drawn.sample(process(params), draw.part(types.TIMES)))  # the same draw as in the loss
     metrics = {}
     if adaptive:
       extra = {'times': law.update(extra['times'], level.t, jax.lax.stop_gradient(values))}
@@ -130,7 +134,7 @@ def make_sampling(config: ConfigDict, transform: str) -> Sampling:
   grid = _build(config, 'grid', rows(grids, grids.Grid))
   times = np.asarray(grid(_no_schedule if isinstance(schedule, Learned) else schedule))
   targets.check_grid(Gaussian(_first(schedule)), _target(config), times, f'config.target {config.target!r}')
-  return Sampling(_build(config, 'solver', rows(solvers, Solver)), times,
+  return Sampling(_build(config, 'solver', SOLVERS), times,
                   build(transform, rows(guidance, Transform), join=guidance.chain))
 
 
@@ -143,6 +147,8 @@ def make_likelihood(config: ConfigDict) -> tuple[likelihood.Trace, ode.Integrato
 def _schedule(config: ConfigDict) -> Schedule | Learned:
   """The schedule, checked to be a way from data to noise; a learned one needs the loss that it can be learned by."""
   schedule = _build(config, 'schedule', SCHEDULES)
+  if isinstance(schedule, Learned) and set(schedule.init(jax.random.key(0))) != {'ends', 'inner'}:
+    raise ValueError(f"config.schedule {config.schedule!r} is learned; its parameters must be {{'ends': .., 'inner': ..}}.")
   schedules.check(_first(schedule), f'config.schedule {config.schedule!r}')
   if isinstance(schedule, Learned) and _objective(config) != 'bound':
     raise ValueError(f'config.schedule {config.schedule!r} is learned by the bound, whose mean it does not change; '

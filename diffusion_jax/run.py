@@ -47,6 +47,9 @@ def open_run(config: ConfigDict, workdir: Path, read: bool) -> Run:
     group, _, field = name.partition('.')
     if config[group][field] < 1:
       raise ValueError(f'config.{name} is {config[group][field]}; it must be 1 or more.')
+  for name in ('count', 'bits'):
+    if config.evaluate[name] < 0 or config.evaluate[name] == 1:
+      raise ValueError(f'config.evaluate.{name} is {config.evaluate[name]}; legal are 0, for none, and 2 or more.')
   if config.train.nonfinite not in ('stop', 'skip'):
     raise ValueError(f"config.train.nonfinite is {config.train.nonfinite!r}; legal are 'stop' and 'skip'.")
   config = config.copy_and_resolve_references()

@@ -10,8 +10,10 @@ from diffusion_jax.core import (
   guidance,
   likelihood,
   losses,
+  multistep,
   ode,
   schedules,
+  singlestep,
   solvers,
   targets,
   times,
@@ -33,9 +35,10 @@ TABLE = {
   '`uncertainty`': [(weights, Learned)],
   '`grid`': [(grids, grids.Grid)],
   '`transform`, joined by <code>&#124;</code>': [(guidance, Transform)],
-  '`solver`': [(solvers, solvers.Solver)],
-  'in Python: integrators, traces, dequantizers of likelihoods': [
-    (ode, ode.Integrator), (likelihood, likelihood.Trace), (likelihood, likelihood.Dequantizer)],
+  '`solver`': [(solvers, solvers.Solver), (singlestep, solvers.Solver), (multistep, solvers.Solver)],
+  '`evaluate.integrator`': [(ode, ode.Integrator)],
+  '`evaluate.trace`': [(likelihood, likelihood.Trace)],
+  'in Python: dequantizers': [(likelihood, likelihood.Dequantizer)],
 }
 CLASSES = {'in Python: processes': {'processes': ['Gaussian', 'Product'], 'tokens': ['Masked', 'Uniform']}}
 

@@ -15,7 +15,7 @@ ORDER = [{'build', 'core'}, {'networks', 'metrics', 'runtime'}, {'pretrained'}, 
          {'run', 'pictures'}, {'jobs'}, {'main'}]
 RANK = {part: rank for rank, line in enumerate(ORDER) for part in line}
 CORE = ['types', 'schedules', 'betas', 'processes', 'tokens', 'targets', 'times', 'grids', 'weights', 'losses', 'bounds',
-        'guidance', 'solvers', 'sampling', 'ode', 'likelihood']
+        'guidance', 'solvers', 'singlestep', 'multistep', 'sampling', 'ode', 'likelihood']
 
 
 def imports(path, body=None):

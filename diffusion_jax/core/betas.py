@@ -37,7 +37,7 @@ def linear_betas(steps: int = 1000, start: float = 1e-4, end: float = 0.02) -> B
 
 
 def scaled_linear_betas(steps: int = 1000, start: float = 0.00085, end: float = 0.012) -> Betas:
-  """Square roots evenly spaced: Stable Diffusion (arXiv:2112.10752 and its code, 'linear' there)."""
+  """Square roots evenly spaced: Stable Diffusion (the code of arXiv:2112.10752, 'linear' there)."""
   start, end = np.sqrt(check_betas(np.array([start, end])))
   return check_betas(np.linspace(start, end, _count(steps))**2)
 

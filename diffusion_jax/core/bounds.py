@@ -17,7 +17,7 @@ from diffusion_jax.core.losses import Loss
 from diffusion_jax.core.processes import Gaussian, Process, Product, part, reverse_variance, whole
 from diffusion_jax.core.targets import Target
 from diffusion_jax.core.times import Times
-from diffusion_jax.core.types import Cond, Denoiser, Draw, Estimate, Level, combine, spread
+from diffusion_jax.core.types import LATENT, NOISE, TIMES, Cond, Denoiser, Draw, Estimate, Level, combine, spread
 from diffusion_jax.core.weights import Weight
 
 Decoder = Callable[[Array, Array, Array], Array]  # (x0, mean, variance) -> nats an entry
@@ -87,19 +87,20 @@ def variational(process: Process, times: Times, decoder: Decoder | None = None, 
   _check_bound(gaussians, decoder, steps, high)
   def bound(denoiser: Denoiser, draw: Draw, x0: PyTree, cond: Cond = None, scored: PyTree = None) -> Bound:
     start = 1 / steps if steps else _start(gaussians, high)
-    t = times.sample(process, draw.part(0))
-    share = jnp.where(t > start, 1 / times.density(process, t), 0.0)
+    # A law that depends on a learned schedule is held still: its density is a divisor, no part of the bound.
+    t = jax.lax.stop_gradient(times.sample(process, draw.part(TIMES)))
+    share = jnp.where(t > start, 1 / jax.lax.stop_gradient(times.density(process, t)), 0.0)
     # The number of the step; a t that is i / T up to rounding is step i.
     t = jnp.maximum(jnp.ceil(t * steps * (1 - 1e-6)) / steps, 2 / steps) if steps else jnp.maximum(t, start)
     level = process.level(t)
-    xt, _ = process.corrupt(draw.part(1).keys, x0, level)
+    xt, _ = process.corrupt(draw.part(NOISE).keys, x0, level)
     estimate = denoiser(xt, level, cond)
     if steps:
       nats = combine((steps * share, process.divergence(estimate, x0, xt, level, process.level(t - 1 / steps))))
     else:
       nats = combine((share, process.rate(estimate, x0, xt, level)))
     bits = lambda nats: losses.mean(lambda value: value / np.log(2), nats, scored)
-    last = reconstruct(start, draw.part(4).keys, lambda x, level: denoiser(x, level, cond), x0)
+    last = reconstruct(start, draw.part(LATENT).keys, lambda x, level: denoiser(x, level, cond), x0)
     return Bound(bits(process.prior_divergence(x0, process.level(1.0))), bits(nats), bits(last))
   def reconstruct(start, keys, denoise, x0):
     """-log p(x0 | the last latent), nats."""
@@ -135,11 +136,13 @@ def hybrid(process: Gaussian, target: Target, times: Times, weight: Weight, spac
     raise ValueError("hybrid trains a variance too; this target has none. Take 'learned_variance(noise())' or another.")
   if steps < 2:
     raise ValueError(f'hybrid needs 2 steps or more; got {steps}.')
+  targets.check_grid(process, target, np.ones(1), 'The target of hybrid')
+  losses.check_end(process, target, times._replace(reaches_end=True), weight, space)
   simple = losses.squared()
   def loss(network, draw, x0, cond=None, scored=None):
-    drawn = times.sample(process, draw.part(0))
+    drawn = times.sample(process, draw.part(TIMES))
     level = process.level(jnp.ceil(drawn * steps * (1 - 1e-6)) / steps)
-    xt, noise = process.corrupt(draw.part(1).keys, x0, level)
+    xt, noise = process.corrupt(draw.part(NOISE).keys, x0, level)
     prediction, fraction = targets.predict(target, network, xt, level, cond)
     residual = losses.residual_of(process, target, space, level, prediction, x0, noise)
     estimate = jax.lax.stop_gradient(targets.estimate_of(process, target, level, xt, prediction))
@@ -206,8 +209,10 @@ def _check_bound(gaussians: list[Gaussian], decoder: Decoder | None, steps: int 
                      "'discretized(256)' for 256 values from -1 to 1.")
   if any(field.project is not whole for field in gaussians):
     raise ValueError('A bound counts every entry; data in a subspace have fewer dimensions: take likelihood.log_density.')
+  starts = [schedules.ends(field.schedule)[0] for field in gaussians]
+  if not steps and high is not None and any(isinstance(start, jax.core.Tracer) for start in starts):
+    raise ValueError('The last latent of a learned schedule is where it starts: give the bound high=None.')
   if not steps and high is None:
-    starts = [schedules.ends(field.schedule)[0] for field in gaussians]
     if any(not isinstance(start, jax.core.Tracer) and start > 60 for start in starts):
       raise ValueError('high=None is for a schedule that starts at a finite logsnr; this one starts at the data. Name the '
                        'logsnr of the last latent: high=13.3.')

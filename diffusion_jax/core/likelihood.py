@@ -124,12 +124,13 @@ def logistic_normal(moments: Callable[[Array], tuple[Array, Array]]) -> Dequanti
 
 
 def bits(process: Gaussian, denoiser: Denoiser, keys: Key[Array, 'batch'], values: Int[Array, '...'], levels: int = 256,
-         cond: Cond = None, dequantizer: Dequantizer = uniform_noise(), draws: int = 1, **how) -> Array:
+         cond: Cond = None, dequantizer: Dequantizer = uniform_noise(), draws: int = 1,
+         trace: Trace = exact(), integrator: Integrator = ode.adaptive(), high: float = 20.0, low: float = -20.0) -> Array:
   """Bits per entry of whole numbers 0..levels - 1, [B, draws]: an upper bound of -log2 P(value) in expectation.
 
   The network's data are -1 + 2 value / (levels - 1); a value becomes the u-th part of its bin, which has that value in its
   middle: x = -1 + w (value + u - 1/2) with w = 2 / (levels - 1), and -log P <= E[log q(u | value) - log p(x)] - n log w for
-  n entries (arXiv:1511.01844, sec. 3.1). `how`: trace, integrator, high and low of `log_density`.
+  n entries (arXiv:1511.01844, sec. 3.1).
   """
   if levels < 2 or draws < 1:
     raise ValueError(f'bits needs levels >= 2 and draws >= 1; got {levels} and {draws}.')
@@ -138,7 +139,7 @@ def bits(process: Gaussian, denoiser: Denoiser, keys: Key[Array, 'batch'], value
     noise_keys, trace_keys = split(keys, 2)
     u, log_q = dequantizer(noise_keys, values)
     x = width * (values + u - 0.5) - 1
-    found = log_density(process, denoiser, trace_keys, x, cond, **how)
+    found = log_density(process, denoiser, trace_keys, x, cond, trace, integrator, high, low)
     return (log_q - found.log_density - entries * jnp.log(width)) / (entries * jnp.log(2))
   return jax.lax.map(one, split(keys, draws)).T
 

@@ -9,7 +9,7 @@ from diffusion_jax.core import targets
 from diffusion_jax.core.processes import Gaussian
 from diffusion_jax.core.targets import Target
 from diffusion_jax.core.times import Times
-from diffusion_jax.core.types import Cond, Draw, Level, Network, combine
+from diffusion_jax.core.types import NOISE, TIMES, Cond, Draw, Level, Network, combine
 from diffusion_jax.core.weights import Weight
 
 Loss = Callable[[Network, Draw, PyTree, Cond, PyTree], Array]
@@ -52,9 +52,10 @@ def regression(process: Gaussian, target: Target, times: Times, weight: Weight, 
   """
   if target.learns_variance:
     raise ValueError('regression does not train a variance. Take a loss that does, such as hybrid(), or the target alone.')
+  check_end(process, target, times, weight, space)
   def loss(network, draw, x0, cond=None, scored=None):
-    level = process.level(times.sample(process, draw.part(0)))
-    xt, noise = process.corrupt(draw.part(1).keys, x0, level)
+    level = process.level(times.sample(process, draw.part(TIMES)))
+    xt, noise = process.corrupt(draw.part(NOISE).keys, x0, level)
     prediction, _ = targets.predict(target, network, xt, level, cond)
     residual = residual_of(process, target, space, level, prediction, x0, noise)
     return weight_at(process, times, weight, level) * distance(residual, scored)
@@ -64,8 +65,20 @@ def regression(process: Gaussian, target: Target, times: Times, weight: Weight, 
 def residual_of(process: Gaussian, target: Target, space: Target, level: Level, prediction: PyTree, x0: PyTree,
                 noise: PyTree) -> PyTree:
   """The error of a prediction of `target`, as an error of `space` at the same xt: times D_space / D_target."""
-  ratio = targets.determinant(process, space, level) / targets.determinant(process, target, level)
+  ratio = _ratio(process, target, space, level)
   return combine((ratio, prediction), (-ratio, targets.value(process, target, level, x0, noise)))
+
+
+def check_end(process: Gaussian, target: Target, times: Times, weight: Weight, space: Target) -> None:
+  """Raise ValueError where times draw t = 1 itself and the loss is not finite there."""
+  with jax.ensure_compile_time_eval():
+    level = process.level(1.0)
+    if not times.reaches_end or isinstance(level.alpha, jax.core.Tracer):
+      return
+    factor = _ratio(process, target, space, level)**2 * weight_at(process, times, weight, level)
+    if not jnp.isfinite(factor):
+      raise ValueError(f'These times draw t = 1, where alpha = {float(level.alpha):.3g} and the weight of the loss is '
+                       f'{float(factor)}. Take other times, or a target, space and weight that stay finite.')
 
 
 def weight_at(process: Gaussian, times: Times, weight: Weight, level: Level) -> Array:
@@ -74,13 +87,21 @@ def weight_at(process: Gaussian, times: Times, weight: Weight, level: Level) -> 
   return weight(level.logsnr, density)
 
 
+def _ratio(process: Gaussian, target: Target, space: Target, level: Level) -> Array:
+  """D_space / D_target; 1 where they are equal, as in one space at a singular point."""
+  top, bottom = (targets.determinant(process, each, level) for each in (space, target))
+  same = top == bottom
+  return jnp.where(same, 1.0, top / jnp.where(same, 1.0, bottom))
+
+
 def mean(function: Callable[[Array], Array], tree: PyTree, scored: PyTree = None) -> Array:
   """The mean of function(x) over the scored entries x of each example, [B]; 0 where none is scored."""
   if scored is None:
     scored = jax.tree.map(jnp.ones_like, tree)
   rows = lambda tree: sum(leaf.reshape(len(leaf), -1).sum(1) for leaf in jax.tree.leaves(tree))
   marks = jax.tree.map(lambda mark, leaf: jnp.broadcast_to(mark, leaf.shape).astype(leaf.dtype), scored, tree)
-  total = rows(jax.tree.map(lambda leaf, mark: function(leaf) * mark, tree, marks))
+  known = jax.tree.map(lambda leaf, mark: jnp.where(mark > 0, leaf, 0), tree, marks)  # padding may be anything, also NaN
+  total = rows(jax.tree.map(lambda leaf, mark: function(leaf) * mark, known, marks))
   return total / jnp.maximum(rows(marks), 1)
 
 

@@ -48,9 +48,10 @@ def fixed(steps: int = 100) -> Integrator:
 def adaptive(rtol: float = 1e-5, atol: float = 1e-5, most: int = 10_000) -> Integrator:
   """Dormand and Prince's pair of orders 5 and 4 with the step so chosen that the worst row of the batch keeps to it.
 
-  A row's error is the root mean square of error / (atol + rtol max(|x|, |x_new|)); a step is taken where it is at most 1
-  (Hairer, Norsett, Wanner, Solving ODEs I, sec. II.4). After `most` steps, taken or not, or where the step is so small
-  that it no longer moves u, x is NaN rather than unfinished.
+  All rows take the same steps, so that within the tolerance a row depends on its batch. A row's error is the root mean
+  square of error / (atol + rtol max(|x|, |x_new|)); a step is taken where it is at most 1 (Hairer, Norsett, Wanner,
+  Solving ODEs I, sec. II.4). After `most` steps, taken or not, or where the step is so small that it no longer moves u, x
+  is NaN rather than unfinished.
   """
   if rtol < 0 or atol < 0 or rtol + atol == 0 or most < 1:
     raise ValueError(f'adaptive needs rtol, atol >= 0, not both 0, and most >= 1; got {rtol}, {atol}, {most}.')

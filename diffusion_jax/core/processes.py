@@ -183,6 +183,6 @@ class Product:
     return {name: function(name, process, i) for i, (name, process) in enumerate(self.fields.items())}
 
 
-def part(whole: Level | Estimate, name: str) -> Level | Estimate:
+def part(every: Level | Estimate, name: str) -> Level | Estimate:
   """The level or the estimate of one field of a Product."""
-  return type(whole)(*(entry[name] if isinstance(entry, dict) and name in entry else entry for entry in whole))
+  return type(every)(*(entry[name] if isinstance(entry, dict) and name in entry else entry for entry in every))

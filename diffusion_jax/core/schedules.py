@@ -27,7 +27,7 @@ def linear(beta_min: float = 0.1, beta_max: float = 20.0) -> Schedule:
 def scaled_linear(beta_min: float = 0.85, beta_max: float = 12.0) -> Schedule:
   """Variance preserving with a rate whose square root is linear: beta = (sqrt(beta_min) (1 - t) + sqrt(beta_max) t)^2.
 
-  The continuous limit of the betas of latent diffusion and Stable Diffusion (arXiv:2112.10752, app. D.1 and its code).
+  The continuous limit of the betas of latent diffusion and Stable Diffusion (the code of arXiv:2112.10752).
   """
   _check_rates('scaled_linear', beta_min, beta_max)
   root, rise = math.sqrt(beta_min), math.sqrt(beta_max) - math.sqrt(beta_min)
@@ -79,7 +79,7 @@ def trigonometric(sigma_data: float = 1.0) -> Schedule:
 
 def sigmoid(start: float = -3.0, end: float = 3.0, temperature: float = 1.0) -> Schedule:
   """Variance preserving: alpha^2 = (S(end) - S(x)) / (S(end) - S(start)), S the sigmoid of x / temperature,
-  x = start + t (end - start) (arXiv:2212.11972, eq. 5; arXiv:2301.10972, alg. 1).
+  x = start + t (end - start) (arXiv:2212.11972; arXiv:2301.10972, alg. 1).
 
   A difference of sigmoids is written as sinh((a - b) / 2) / (2 cosh(a / 2) cosh(b / 2)), which is exact at both ends.
   """
@@ -171,7 +171,7 @@ def path(logsnr: Callable[[Array], Array], p: float = 2.0) -> Schedule:
 
 
 def monotone(hidden: int = 1024, high: float = 13.3, low: float = -5.0) -> Learned:
-  """The learned schedule of VDM: variance preserving, logsnr a falling network of t (arXiv:2107.00630, app. H).
+  """The learned schedule of VDM: variance preserving, logsnr a falling network of t (arXiv:2107.00630, app. H; its code).
 
   logsnr = high + (low - high) (g(t) - g(0)) / (g(1) - g(0)) with g(t) = |a| t + mean_h |c_h| sigmoid(|b_h| (2 t - 1) +
   d_h). Its parameters are {'ends': {high, low}, 'inner': {a, b, c, d}}: the bound depends on the ends alone, the inner ones

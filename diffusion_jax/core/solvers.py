@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import jax
 from jax import numpy as jnp
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from diffusion_jax.core.processes import Gaussian, posterior_share
 from diffusion_jax.core.targets import noise_of
@@ -90,6 +90,11 @@ def transfer(x: PyTree, x0: PyTree, t: Level, s: Level) -> PyTree:
   """xs that has the same noise as xt if the data are x0: alpha_s x0 + sigma_s (xt - alpha_t x0) / sigma_t."""
   ratio = s.sigma / t.sigma
   return combine((ratio, x), (s.alpha - ratio * t.alpha, x0))
+
+
+def stretch(t: Level, s: Level) -> Array:
+  """alpha_s (sigma_s / alpha_s - sigma_t / alpha_t), by which a change of the noise moves xs; 0 from pure noise."""
+  return jnp.where(t.alpha > 0, s.sigma - s.alpha * t.sigma / jnp.where(t.alpha > 0, t.alpha, 1.0), 0.0)
 
 
 def drift(process: Gaussian, denoise: Callable, x: PyTree, t: Level) -> PyTree:

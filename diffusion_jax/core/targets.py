@@ -52,15 +52,14 @@ def edm(sigma_data: float = 0.5) -> Target:
   """The preconditioning of EDM, x0 = c_skip xt + c_out pred (arXiv:2206.00364, eq. 7 and table 1).
 
   `sigma_data` is the standard deviation of the data. For alpha != 1 the paper's formulas hold for xt / alpha and noise
-  sigma / alpha; multiplied out they stay finite at alpha = 0, but for c_noise = log(sigma / alpha) / 4.
+  sigma / alpha; multiplied out they stay finite at alpha = 0 and keep their digits at small sigma, but for c_noise =
+  log(sigma / alpha) / 4, which is infinite at both ends.
   """
   if sigma_data <= 0:
     raise ValueError(f'edm needs sigma_data > 0; got {sigma_data}.')
   scale = lambda level: 1 / jnp.sqrt(level.sigma**2 + (level.alpha * sigma_data)**2)
-  def pair(process, level):
-    c_skip = level.alpha * (sigma_data * scale(level))**2
-    c_out = level.sigma * sigma_data * scale(level)
-    return (1 - c_skip * level.alpha) / c_out, -c_skip * level.sigma / c_out
+  # (1 - c_skip alpha) / c_out and -c_skip sigma / c_out.
+  pair = lambda process, level: (level.sigma * scale(level) / sigma_data, -level.alpha * sigma_data * scale(level))
   return Target(pair, scale, lambda level: -level.logsnr / 8)
 
 
@@ -153,7 +152,7 @@ def check_grid(process: Gaussian, target: Target, grid: np.ndarray, name: str = 
 
 
 def _to_unit_scale(level: Level) -> Array:
-  """What brings xt / alpha to unit scale, sqrt(1 + (sigma / alpha)^2) below it, written for xt."""
+  """1 / sqrt(1 + (sigma / alpha)^2), which brings xt / alpha of unit data to unit scale, as a factor of xt."""
   return 1 / jnp.sqrt(level.alpha**2 + level.sigma**2)
 
 

@@ -1,6 +1,6 @@
 """Laws of the time t at which a training example is noised.
 
-`uniform`, `stratified` and `antithetic` draw u in (0, 1]; the other laws carry such a u to their quantile, so that each can
+`uniform`, `stratified` and `antithetic` draw u in (0, 1); the other laws carry such a u to their quantile, so that each can
 be stratified: 'lognormal(-1.2, 1.2, stratified())'.
 """
 import math
@@ -24,6 +24,8 @@ class Times(NamedTuple):
   """A law of t. `sample` gives one t in (0, 1] for each row of the draw; `density` is per unit of t."""
   sample: Callable[[Process, Draw], Array]
   density: Callable[[Process, Array], Array]
+  flat: bool = False  # uniform on (0, 1): what other laws may take as their u
+  reaches_end: bool = False  # draws t = 1 itself
 
 
 class Adaptive(NamedTuple):
@@ -59,7 +61,7 @@ def discrete(steps: int = 1000, base: Times | None = None) -> Times:
   if steps < 1:
     raise ValueError(f'discrete needs steps >= 1; got {steps}.')
   sample = lambda process, draw: jnp.ceil(_unit(base, process, draw) * steps) / steps
-  return Times(sample, lambda process, t: jnp.ones_like(t))
+  return Times(sample, lambda process, t: jnp.ones_like(t), reaches_end=True)
 
 
 def lognormal(mean: float = -1.2, std: float = 1.2, base: Times | None = None) -> Times:
@@ -98,7 +100,7 @@ def mode(scale: float = 1.29, base: Times | None = None) -> Times:
 
 
 def cosmap(base: Times | None = None) -> Times:
-  """logsnr of `cosine` at a uniform u, on `flow`: t = 1 - 1 / (1 + tan(pi u / 2)) (arXiv:2403.03206, eq. 21)."""
+  """logsnr of `cosine` at a uniform u, on `flow`: t = 1 - 1 / (1 + tan(pi u / 2)) (arXiv:2403.03206, eq. 21-22)."""
   def sample(process, draw):
     angle = 0.5 * jnp.pi * _unit(base, process, draw)
     return jnp.sin(angle) / (jnp.sin(angle) + jnp.cos(angle))
@@ -107,7 +109,7 @@ def cosmap(base: Times | None = None) -> Times:
 
 def cosine_interpolated(size: int = 64, low: int = 32, high: int = 64, base: Times | None = None) -> Times:
   """logsnr(u) = u l_low(u) + (1 - u) l_high(u), where l_n(u) = -2 log tan(pi u / 2) + 2 log(n / size) is `cosine` for
-  images of `size` pixels a side with the noise of n (simple diffusion, arXiv:2301.11093, eq. 4)."""
+  images of `size` pixels a side with the noise of n (simple diffusion, arXiv:2301.11093, sec. 3.1)."""
   if min(size, low, high) < 1:
     raise ValueError(f'cosine_interpolated needs sizes in pixels, 1 or more; got {size}, {low}, {high}.')
   if low >= math.exp(math.pi) * high:
@@ -130,11 +132,12 @@ def shift(times: Times, factor: float) -> Times:
     _check_start(process, factor)
     return schedules.shift(process.schedule, factor)(times.sample(process, draw))
   def density(process, t):
+    t = jnp.clip(t, 1e-7, 1 - 1e-6)  # at the ends both slopes are infinite
     before = process.level_at(process.level(t).logsnr + 2 * jnp.log(factor))
     inside = process.level(t).logsnr + 2 * jnp.log(factor) >= process.level(1.0).logsnr
     ratio = process.logsnr_slope(process.level(t)) / process.logsnr_slope(before)
     return jnp.where(inside, times.density(process, before.t) * ratio, 0.0)
-  return Times(sample, density)
+  return Times(sample, density, reaches_end=times.reaches_end)
 
 
 def dimension_shift(times: Times, size: int, base: int = 4096) -> Times:
@@ -158,7 +161,7 @@ def importance(steps: int = 1000, history: int = 10, floor: float = 0.001) -> Ad
     chances = jnp.where(warm, (1 - floor) * share + floor / steps, 1 / steps)
     which = lambda draw: jax.vmap(lambda key: jax.random.categorical(key, jnp.log(chances)))(draw.keys)
     density = lambda process, t: steps * chances[_step_of(t, steps)]
-    return Times(lambda process, draw: (which(draw) + 1) / steps, density)
+    return Times(lambda process, draw: (which(draw) + 1) / steps, density, reaches_end=True)
   def update(state, t, losses):
     step, count = _step_of(t, steps), state['count']
     same = step[:, None] == step[None, :]
@@ -197,11 +200,13 @@ def _from_unit(draw_unit: Callable[[Draw], Array], t_min: float, t_max: float) -
   def sample(process, draw):
     u = jnp.maximum(draw_unit(draw), LEAST)
     return t_max - u * (t_max - t_min)
-  return Times(sample, density)
+  return Times(sample, density, flat=(t_min, t_max) == (0, 1))
 
 
 def _unit(base: Times | None, process: Process, draw: Draw) -> Array:
-  """u in (0, 1] by the law `base`, which must be uniform on it; independent rows by default."""
+  """u in (0, 1) by the law `base`, independent rows by default."""
+  if base and not base.flat:
+    raise ValueError("The base of a law is uniform on (0, 1): 'uniform()', 'stratified()' or 'antithetic()'.")
   return (base or uniform()).sample(process, draw)
 
 

@@ -15,8 +15,8 @@ from diffusion_jax.core.types import Denoiser, Estimate, Level, Network, Schedul
 
 @dataclasses.dataclass(frozen=True)
 class Masked:
-  """A token survives with probability alpha_t and is the mask, number `classes`, otherwise (arXiv:2406.04329, eq. 1;
-  arXiv:2406.07524, eq. 7). The schedule must end at alpha = 0: there all is mask."""
+  """A token survives with probability alpha_t and is the mask, number `classes`, otherwise (arXiv:2406.07524, eq. 4;
+  arXiv:2406.04329, sec. 2). The schedule must end at alpha = 0: there all is mask."""
   schedule: Schedule
   classes: int
 
@@ -46,7 +46,7 @@ class Masked:
     return jnp.where(_unit(keys, xs.shape) >= spread(t.alpha / s.alpha, xs), self.classes, xs)
 
   def reverse(self, keys, estimate, xt, t, s):
-    """A masked entry is revealed with probability (alpha_s - alpha_t) / (1 - alpha_t), all at s = 0."""
+    """A masked entry is revealed with probability (alpha_s - alpha_t) / (1 - alpha_t), all at s = 0 (2406.07524, eq. 7)."""
     which, what = split(keys, 2)
     revealed = _unit(which, xt.shape) < spread(_revealed(t, s), xt)
     return jnp.where((xt == self.classes) & revealed, categorical(what, estimate.x0).astype(xt.dtype), xt)
@@ -56,7 +56,7 @@ class Masked:
     return spread(_revealed(t, s), xt) * self._surprise(estimate, x0, xt)
 
   def rate(self, estimate, x0, xt, level):
-    """-log p(x0) of a masked entry times -alpha' / (1 - alpha) (arXiv:2406.04329, eq. 5; arXiv:2406.07524, eq. 10)."""
+    """-log p(x0) of a masked entry times -alpha' / (1 - alpha) (arXiv:2406.07524, eq. 10; also 2406.04329)."""
     return spread(-_slope(self.schedule, level) / _noised(level), xt) * self._surprise(estimate, x0, xt)
 
   def prior_divergence(self, x0, level):
@@ -101,18 +101,17 @@ class Uniform:
 
   def reverse(self, keys, estimate, xt, t, s):
     """Draw xs ~ p(xs | xt); at s = 0 it is a draw of x0."""
-    return categorical(keys, jnp.log(self.step_law(jax.nn.softmax(estimate.x0), xt, t, s))).astype(xt.dtype)
+    return categorical(keys, self.step_law(jax.nn.log_softmax(estimate.x0), xt, t, s)).astype(xt.dtype)
 
   def divergence(self, estimate, x0, xt, t, s):
-    true = self.step_law(jax.nn.one_hot(x0, self.classes), xt, t, s)
-    ours = self.step_law(jax.nn.softmax(estimate.x0), xt, t, s)
-    return _gap(true, ours).sum(-1)
+    true = self.step_law(self._known(x0), xt, t, s)
+    return _gap(true, self.step_law(jax.nn.log_softmax(estimate.x0), xt, t, s)).sum(-1)
 
   def rate(self, estimate, x0, xt, level):
     """sum_y (r_p(y) - r_q(y) + r_q(y) log(r_q(y) / r_p(y))) over the tokens y != xt, where r(y) is the rate of the jump
-    xt -> y on the way back, -alpha' / (alpha V) times the ratio of the laws of y and xt at t (arXiv:2310.16834, eq. 10)."""
-    true = self._ratios(jax.nn.one_hot(x0, self.classes), xt, level)
-    ours = self._ratios(jax.nn.softmax(estimate.x0), xt, level)
+    xt -> y on the way back, -alpha' / (alpha V) times the ratio of the laws of y and xt at t (2310.16834, theorem 3.6)."""
+    true = self._ratios(self._known(x0), xt, level)
+    ours = self._ratios(jax.nn.log_softmax(estimate.x0), xt, level)
     gaps = jnp.where(jax.nn.one_hot(xt, self.classes) > 0, 0.0, _gap(true, ours)).sum(-1)
     pace = -_slope(self.schedule, level) / (jnp.where(level.alpha > 0, level.alpha, jnp.inf) * self.classes)
     return spread(pace, xt) * gaps
@@ -120,24 +119,26 @@ class Uniform:
   def prior_divergence(self, x0, level):
     """KL of alpha [x = x0] + (1 - alpha) / V from 1 / V."""
     rest = (1 - level.alpha) / self.classes
-    here = level.alpha + rest
-    value = _gap(here, 1 / self.classes) + (self.classes - 1) * _gap(rest, 1 / self.classes)
-    return jnp.broadcast_to(spread(value, x0), x0.shape)
+    gap = lambda p: _gap(jnp.log(p), -jnp.log(self.classes))
+    return jnp.broadcast_to(spread(gap(level.alpha + rest) + (self.classes - 1) * gap(rest), x0), x0.shape)
 
-  def step_law(self, p, xt, t, s):
-    """p(xs | xt) [..., classes] if the law of x0 given the other entries is p."""
-    step = t.alpha / s.alpha
-    law = self._blurred(jax.nn.one_hot(xt, self.classes), step) * self._blurred(p, s.alpha)
-    return law / law.sum(-1, keepdims=True)
+  def step_law(self, log_p, xt, t, s):
+    """log p(xs | xt) [..., classes] if the law of x0 given the other entries is p."""
+    law = self._blurred(self._known(xt), t.alpha / s.alpha) + self._blurred(log_p, s.alpha)
+    return law - jax.nn.logsumexp(law, -1, keepdims=True)
 
-  def _ratios(self, p, xt, level):
-    """The law of the noised token over its value at xt, for every token."""
-    law = self._blurred(p, level.alpha)
-    return law / jnp.take_along_axis(law, xt[..., None], -1)
+  def _ratios(self, log_p, xt, level):
+    """The logarithm of the law of the noised token over its value at xt, for every token."""
+    law = self._blurred(log_p, level.alpha)
+    return law - jnp.take_along_axis(law, xt[..., None], -1)
 
-  def _blurred(self, p, alpha):
-    """alpha p + (1 - alpha) / V."""
-    return spread(alpha, p) * p + spread((1 - alpha) / self.classes, p)
+  def _blurred(self, log_p, alpha):
+    """log(alpha p + (1 - alpha) / V)."""
+    return jnp.logaddexp(spread(jnp.log(alpha), log_p) + log_p, spread(jnp.log((1 - alpha) / self.classes), log_p))
+
+  def _known(self, x):
+    """log p where p is all on x."""
+    return jnp.where(jax.nn.one_hot(x, self.classes) > 0, 0.0, -jnp.inf)
 
   def _draw(self, keys, like):
     draw = lambda key: jax.random.randint(key, like.shape[1:], 0, self.classes, like.dtype)
@@ -177,15 +178,14 @@ def _slope(schedule: Schedule, level: Level) -> Array:
   return jax.jvp(lambda t: schedule(t)[0], (level.t,), (jnp.ones_like(level.t),))[1]
 
 
-def _gap(true: Array, ours: Array | float) -> Array:
+def _gap(log_true: Array, log_ours: Array | float) -> Array:
   """ours - true + true log(true / ours), which summed over two laws is KL(true | ours): all terms >= 0, and exact also
   where the two are nearly equal."""
-  safe = jnp.where(true > 0, true, 1.0)
-  d = (ours - true) / safe
-  near = jnp.abs(d) < 0.5
-  far = jnp.where(near | (true <= 0), 1.0, ours)
-  log_ratio = jnp.where(near, jnp.log1p(jnp.where(near, d, 0.0)), jnp.log(far) - jnp.log(safe))
-  return jnp.where(true > 0, true * (d - log_ratio), ours)
+  true, ours, none = jnp.exp(log_true), jnp.exp(log_ours), jnp.isneginf(log_true)
+  more = jnp.where(none, 0.0, log_ours - jnp.where(none, 0.0, log_true))
+  near = jnp.abs(more) < 0.5
+  small = jnp.where(near, more, 0.0)
+  return jnp.where(near & ~none, true * (jnp.expm1(small) - small), ours - true - true * more)
 
 
 def _check_tokens(like: PyTree) -> None:

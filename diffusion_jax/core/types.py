@@ -6,6 +6,8 @@ import jax
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PyTree
 
+TIMES, NOISE, DROP, DROPOUT, LATENT = range(5)  # what a training draw is for: Draw.part(TIMES)
+
 Cond = dict[str, Array] | None
 """Raw conditions, one row an example ({'label': [B]}), or None. The entry 'drop' [B], bool, marks the examples whose
 conditions the network replaces by its null: that is how training drops and how guidance asks for the unconditional."""
@@ -46,7 +48,10 @@ class Draw(NamedTuple):
 
 
 class Learned(NamedTuple):
-  """A part of the mathematics that has parameters of its own; they live with the network's."""
+  """A part of the mathematics that has parameters of its own; they live with the network's.
+
+  Those of a schedule are {'ends': ..., 'inner': ...}: the bound is trained by the first, its variance by the second.
+  """
   init: Callable[[Key[Array, '']], PyTree]
   bind: Callable[[PyTree], Callable]  # parameters -> the part: a Schedule, ...
 

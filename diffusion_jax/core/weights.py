@@ -42,7 +42,7 @@ def min_snr(gamma: float = 5.0) -> Weight:
 
 
 def soft_min_snr(gamma: float = 5.0) -> Weight:
-  """gamma snr / (snr + gamma) on x0, which is gamma / (snr + gamma) on the noise (arXiv:2401.11605, sec. 3.3)."""
+  """gamma snr / (snr + gamma) on x0, which is gamma / (snr + gamma) on the noise (arXiv:2401.11605)."""
   return lambda logsnr, density: jax.nn.sigmoid(jnp.log(gamma) - logsnr)
 
 
@@ -81,7 +81,7 @@ def logit_normal(mean: float = 0.0, std: float = 1.0) -> Weight:
 
 
 def cosmap() -> Weight:
-  """2 / (pi (1 - 2 t + 2 t^2)) on the velocity of `flow` (arXiv:2403.03206, eq. 21)."""
+  """2 / (pi (1 - 2 t + 2 t^2)) on the velocity of `flow` (arXiv:2403.03206, eq. 22)."""
   def weight(logsnr, density):
     t, rest = jax.nn.sigmoid(-0.5 * logsnr), jax.nn.sigmoid(0.5 * logsnr)
     return 2 / (jnp.pi * (t**2 + rest**2)) / rest**2
@@ -101,8 +101,8 @@ def uncertainty(features: int = 128) -> Learned:
   """
   if features < 1:
     raise ValueError(f'uncertainty needs features >= 1; got {features}.')
-  rng = np.random.default_rng(0)
-  frequencies, phases = 2 * np.pi * rng.normal(size=features), 2 * np.pi * rng.random(features)
+  rng = np.random.RandomState(0)  # whose stream numpy keeps for ever
+  frequencies, phases = 2 * np.pi * rng.normal(size=features), 2 * np.pi * rng.random_sample(features)
   def bind(params):
     def one(logsnr):
       c_noise = -jnp.clip(logsnr, -40, 40) / 8  # finite also for pure noise

@@ -27,10 +27,10 @@ def write(this: Run, state: State) -> Path:
   """Score config.evaluate.count samples for each of config.evaluate.transforms, and config.evaluate.bits images, into
   results.json and on the screen."""
   c = this.config
-  if c.evaluate.count < 2:
-    raise ValueError(f'config.evaluate.count is {c.evaluate.count}; scores need 2 samples or more.')
+  if not c.evaluate.count and not c.evaluate.bits:
+    raise ValueError('config.evaluate.count and config.evaluate.bits are 0: there is nothing to evaluate.')
   results = []
-  for transform in c.evaluate.transforms:
+  for transform in c.evaluate.transforms if c.evaluate.count else ():
     samples = draw(this, make_sampler(this, transform), state, c.evaluate.count, c.evaluate.batch)
     scores = this.task.metrics(samples, this.task.context(np.arange(c.evaluate.count)))
     results.append({**provenance(this, state, c.evaluate.count, transform), **scores})
@@ -64,8 +64,8 @@ def bits_per_entry(this: Run, state: State) -> dict:
       part = {'index': local.astype(np.int32), **{name: value[local] for name, value in rows.items()}}
       parts.append(meshes.gather(program(chosen_params(this, state), state.extra, meshes.put(part, this.mesh))))
     values = np.concatenate(parts)[:count]
-    mean, error, error_draws = map(float, likelihood.summary(values))
-    found[split] = {'bits': mean, 'standard_error': error, 'standard_error_of_draws': error_draws, 'images': count}
+    mean, error, _ = map(float, likelihood.summary(values))
+    found[split] = {'bits': mean, 'standard_error': error, 'images': count}
   say(f'\nBits per entry, {c.evaluate.integrator}, {c.evaluate.trace}, uniform dequantization, EMA {chosen_ema(c)}')
   show = lambda row: f'{row["bits"]:10.4f} +- {row["standard_error"]:.4f} ({row["images"]} images)'
   table({name: show(row) for name, row in found.items()})
@@ -74,7 +74,7 @@ def bits_per_entry(this: Run, state: State) -> dict:
 
 
 def _bits_program(this: Run) -> Callable:
-  """(params, extra, rows) -> bits [B, probes]; the noise of an image follows from config.sample.seed and its number."""
+  """(params, extra, rows) -> bits [B, 1]; the noise of an image follows from config.sample.seed and its number."""
   trace, integrator = make_likelihood(this.config)
   def program(params, extra, rows):
     _, cond = this.task.encode(rows)

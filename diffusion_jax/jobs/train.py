@@ -127,7 +127,7 @@ def finished_step(workdir: Path) -> int | None:
 def finish(this: Run, state: State) -> list[Path]:
   """Sample and evaluate; returns the files that a person wants to see."""
   files = sample.write(this, state) if this.config.sample.count else []
-  if this.config.evaluate.count:
+  if this.config.evaluate.count or this.config.evaluate.bits:
     files.append(evaluate.write(this, state))
   skipped = this.task.skipped()
   if skipped:

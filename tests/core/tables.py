@@ -7,7 +7,20 @@ import pytest
 from jax import numpy as jnp
 
 from diffusion_jax import build
-from diffusion_jax.core import betas, bounds, grids, guidance, losses, schedules, solvers, targets, times, weights
+from diffusion_jax.core import (
+  betas,
+  bounds,
+  grids,
+  guidance,
+  losses,
+  multistep,
+  schedules,
+  singlestep,
+  solvers,
+  targets,
+  times,
+  weights,
+)
 from diffusion_jax.core.types import Draw, example_keys
 from tests import oracles
 
@@ -131,7 +144,28 @@ SOLVERS = {
   'heun': solvers.heun(),
   'dpm_2m': solvers.dpm_2m(),
 }
-ROWS = {name: solver for name, solver in SOLVERS.items() if '(' not in name}  # one of each, for what costs time
+SINGLESTEP = {
+  'dpm_solver(1)': singlestep.dpm_solver(1),
+  'dpm_solver': singlestep.dpm_solver(),
+  'dpm_solver(3)': singlestep.dpm_solver(3),
+  'dpm_2s': singlestep.dpm_2s(),
+  'dpm_2s(1)': singlestep.dpm_2s(1.0),
+  'dpm2': singlestep.dpm2(),
+  'dpm2(1)': singlestep.dpm2(1.0),
+  'rk4': singlestep.rk4(),
+}
+MULTISTEP = {
+  **{f'lms({order})': multistep.lms(order) for order in (1, 2, 3)},
+  'lms': multistep.lms(),
+  'deis': multistep.deis(),
+  'deis(log_r)': multistep.deis(2, 'log_r'),
+  'dpm_3m': multistep.dpm_3m(),
+  'unipc': multistep.unipc(),
+  'unipc(1)': multistep.unipc(1),
+  'ipndm': multistep.ipndm(),
+}
+ALL_SOLVERS = {**SOLVERS, **SINGLESTEP, **MULTISTEP}
+ROWS = {name: solver for name, solver in ALL_SOLVERS.items() if '(' not in name}  # one of each, for what costs time
 
 LAW = oracles.Gaussian([0.5, -0.3], [[0.5, 0.2], [0.2, 0.3]])
 MIXTURE = oracles.Mixture([0.3, 0.7], [[1.0, 0.5], [-0.6, -0.4]], [0.3, 0.2])

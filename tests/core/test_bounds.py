@@ -388,7 +388,7 @@ def test_the_bound_in_hybrid_moves_the_variance_alone():
 def test_hybrid_is_least_at_the_variance_of_the_step(number):
   """With the exact mean the best variance of p(xs | xt) is that of xs given xt, worked out for normal data from the
   covariances; at the first step that of x0 given xt. And the loss is mean square + scale T bits of that normal law."""
-  schedule, steps, scale = SCHEDULES['cosine'], 10, 0.5
+  schedule, steps, scale = SCHEDULES['linear'], 10, 0.5
   x0, t = numbers() - MEAN, number / steps
   (a_t, s_t), (a_s, s_s) = (np.float64(schedule(jnp.asarray(max(number - up, 1) / steps))) for up in (0, 1))
   if number == 1:
@@ -414,12 +414,18 @@ def test_hybrid_is_least_at_the_variance_of_the_step(number):
   assert losses[0].mean() > losses[1].mean() < losses[2].mean()
   slope = (losses[2] - losses[0]) / 0.1
   curve = (losses[2] - 2 * losses[1] + losses[0]).mean() / 0.05**2
-  assert abs(slope.mean() / curve) < 0.01  # where the least loss lies, beside the stated fraction
+  noise = 4 * slope.std() / np.sqrt(COUNT) / curve
+  assert abs(slope.mean() / curve) < 0.01 + noise < 0.1  # where the least loss lies, beside the stated fraction
 
 
 def test_the_slopes_of_hybrid_are_finite_for_a_bad_network():
   """Near t = 1 an estimate of x0 from the noise is far outside the data, and the decoder is computed though not used."""
-  value = hybrid_of(SCHEDULES['cosine'], times.uniform(0.9, 0.9999), 1000, 1.0, bounds.discretized(256))
+  value = hybrid_of(SCHEDULES['linear'], times.uniform(0.9, 0.9999), 1000, 1.0, bounds.discretized(256))
   x0 = jnp.zeros((64, 2))
   slope = jax.jit(jax.grad(lambda u: value(lambda x: -3 * x, u, draw(64), x0).sum()))(jnp.zeros((64, 2)))
   assert np.isfinite(slope).all() and np.abs(slope).max() > 0
+
+
+def test_hybrid_needs_a_target_that_lasts_to_the_end():
+  with pytest.raises(ValueError, match=r'The target of hybrid is singular at t=1 \(alpha=0, sigma=1\)'):
+    hybrid_of(SCHEDULES['cosine'], times.discrete(10), 10, 1.0)

@@ -2,6 +2,7 @@
 import jax
 import numpy as np
 import optax
+import pytest
 from jax import numpy as jnp
 
 from diffusion_jax.core import bounds, schedules, times
@@ -44,12 +45,14 @@ def test_the_bound_depends_on_the_ends_of_a_learned_schedule_alone(x64):
   np.testing.assert_allclose(slopes['ends']['low'], (at(6, -5.99) - at(6, -6.01)) / 0.02, rtol=1e-4)
 
 
-def test_the_drawn_bound_of_a_learned_schedule_has_the_same_slopes():
-  """variational(high=None) inside a gradient: the mean over draws of the slope of each row."""
+@pytest.mark.parametrize('law', [times.uniform(), times.lognormal(0.0, 2.0)], ids=['uniform', 'lognormal'])
+def test_the_drawn_bound_of_a_learned_schedule_has_the_same_slopes(law):
+  """variational(high=None) inside a gradient: the mean over draws of the slope of each row, also where the law of the times
+  depends on the schedule."""
   params, x0 = LEARNED.init(jax.random.key(0)), numbers(())[:4000]
   def one(params, index, x0):
     process = Gaussian(LEARNED.bind(params))
-    terms = bounds.variational(process, times.uniform(), bounds.density(), high=None)
+    terms = bounds.variational(process, law, bounds.density(), high=None)
     return terms(off(process), Draw(jax.random.key(1), index[None], 4000), x0[None]).total[0]
   slopes = jax.jit(jax.vmap(jax.grad(one), (None, 0, 0)))(params, jnp.arange(4000), x0)
   with jax.enable_x64(True):

@@ -113,7 +113,8 @@ def test_unscored_values_do_not_matter_to_the_loss():
   loss = losses.regression(process, targets.v(), times.uniform(), weights.constant(), targets.noise())
   network = lambda x, feature, cond: 0.5 * x
   value = lambda fill: evaluate(loss, network, whole, jnp.where(scored, 1.0, fill), scored=scored)
-  np.testing.assert_array_equal(value(0.0), value(1e4))
+  for fill in (1e4, np.nan):
+    np.testing.assert_array_equal(value(0.0), value(fill))
   assert (np.asarray(value(0.0)) > 0).all()
 
 
@@ -220,3 +221,17 @@ def test_bad_arguments_get_a_sentence(call, sentence):
   with pytest.raises(ValueError) as error:
     call()
   assert str(error.value) == sentence
+
+
+@pytest.mark.parametrize('target, space, weight, fine', [
+  ('v', 'v', 'constant', True), ('noise', 'noise', 'constant', True), ('x0', 'v', 'constant', True),
+  ('noise', 'v', 'constant', False), ('v', 'noise', 'edm', False), ('v', 'v', 'elbo', False)])
+def test_times_that_draw_pure_noise_need_a_loss_that_is_finite_there(target, space, weight, fine):
+  """At t = 1 of cosine alpha is 0. A loss that is accepted is finite there; another gets a sentence."""
+  process, law = Gaussian(SCHEDULES['cosine']), times.discrete(1)
+  make = lambda: losses.regression(process, TARGETS[target], law, WEIGHTS[weight], TARGETS[space])
+  if fine:
+    assert np.isfinite(evaluate(make(), lambda x, feature, cond: 0.5 * x, draw(4), jnp.ones((4, 3)))).all()
+  else:
+    with pytest.raises(ValueError, match='where alpha = 0 and the weight of the loss is (inf|nan)'):
+      make()

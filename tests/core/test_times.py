@@ -307,3 +307,15 @@ def test_bad_arguments_get_a_sentence(call, sentence):
   with pytest.raises(ValueError) as error:
     call()
   assert str(error.value) == sentence
+
+
+def test_a_base_that_is_not_uniform_gets_a_sentence():
+  law = times.lognormal(-1.2, 1.2, times.uniform(0.1, 0.9))
+  with pytest.raises(ValueError, match=r'The base of a law is uniform on \(0, 1\)'):
+    law.sample(Gaussian(SCHEDULES['flow']), draw(4))
+
+
+def test_the_density_of_a_shift_is_finite_at_the_ends():
+  law = times.shift(times.uniform(), 2.0)
+  density = law.density(Gaussian(SCHEDULES['flow']), jnp.array([0.0, 1.0]))
+  np.testing.assert_allclose(density, [0.5, 2.0], rtol=2e-2)  # t' = 2 t / (1 + t): dt / dt' is 1/2 and 2

@@ -302,3 +302,16 @@ def test_a_shape_without_its_dtype_gets_a_sentence(process):
   denoise = tokens.denoiser(lambda xt, feature, cond: jnp.zeros((*xt.shape, 4)))
   with pytest.raises(ValueError, match=r'Tokens are whole numbers; got float32. Give the shape with its dtype'):
     sampling.sample(keys(2), process, solvers.ancestral(), denoise, np.array([1.0, 0.5, 0.0]), (3,))
+
+
+@pytest.mark.parametrize('t, s', [(0.2, 0.0), (0.6, 0.3)])
+def test_a_denoiser_that_is_sure_and_wrong_costs_a_finite_number(t, s):
+  """A gap of 200 nats between logits: -log p is 200 at the data, and its slope is finite."""
+  process = Uniform(schedules.flow(), 3)
+  x0, xt = jnp.array([[0, 1]]), jnp.array([[0, 0]])
+  cost = lambda logits: process.divergence(Estimate(logits), x0, xt, process.level(t), process.level(s)).sum()
+  logits = jnp.array([[[-200.0, 0.0, 0.0], [0.0, -200.0, 0.0]]])
+  value, slope = jax.value_and_grad(cost)(logits)
+  assert np.isfinite(value) and np.isfinite(slope).all()
+  if s == 0:
+    assert value > 300

@@ -1,0 +1,108 @@
+"""Singlestep solvers of higher order: the denoiser is called at places between t and s, and nothing is remembered.
+
+Each is the first-order move `transfer` and a correction. The places lie evenly in l = log(alpha / sigma); from pure noise,
+where l is infinite, a step is one of first order. Costs and orders are those of the whole step.
+"""
+from jax import numpy as jnp
+from jaxtyping import Array, PyTree
+
+from diffusion_jax.core import schedules
+from diffusion_jax.core.processes import Gaussian, posterior_share
+from diffusion_jax.core.solvers import Solver, drift, no_memory, stretch, transfer
+from diffusion_jax.core.targets import noise_of
+from diffusion_jax.core.types import Level, combine, normal
+
+
+def dpm_solver(order: int = 2) -> Solver:
+  """DPM-Solver-1, -2 and -3, in the noise (arXiv:2206.00927, eq. 3.7, alg. 1 and alg. 2): `order` calls a step."""
+  if order not in (1, 2, 3):
+    raise ValueError(f'dpm_solver has the orders 1, 2 and 3; got {order}.')
+  def second(process, denoise, x, x0, t, s):
+    middle, h = between(process, t, s, 0.5), width(t, s)
+    ahead = transfer(x, x0, t, middle)
+    change = noise_change(denoise, x, x0, t, ahead, middle)
+    return combine((1.0, transfer(x, x0, t, s)), (-s.sigma * jnp.expm1(h), change))
+  def third(process, denoise, x, x0, t, s):
+    h, (first, second) = width(t, s), (between(process, t, s, share) for share in (1 / 3, 2 / 3))
+    one = noise_change(denoise, x, x0, t, transfer(x, x0, t, first), first)
+    ahead = combine((1.0, transfer(x, x0, t, second)), (-2 * second.sigma * _slope(2 / 3 * h), one))
+    two = noise_change(denoise, x, x0, t, ahead, second)
+    return combine((1.0, transfer(x, x0, t, s)), (-1.5 * s.sigma * _slope(h), two))
+  rest = {1: lambda process, denoise, x, x0, t, s: transfer(x, x0, t, s), 2: second, 3: third}[order]
+  def step(process, denoise, keys, x, t, s, memory):
+    return rest(process, denoise, x, denoise(x, t).x0, t, s), memory
+  return Solver(no_memory, step, order=order, calls=order)
+
+
+def dpm_2s(eta: float = 0.0) -> Solver:
+  """DPM-Solver++(2S): the whole step with the x0 of its middle (arXiv:2211.01095, alg. 1 with r = 1/2). Order 2, two calls.
+
+  eta > 0 goes down to less noise and adds fresh noise, as `ddim` does: k-diffusion's 2S ancestral.
+  """
+  def move(process, denoise, x, x0, t, s):
+    middle = between(process, t, s, 0.5)
+    return transfer(x, denoise(transfer(x, x0, t, middle), middle).x0, t, s)
+  return _ancestral('dpm_2s', move, eta)
+
+
+def dpm2(eta: float = 0.0) -> Solver:
+  """The midpoint method over sigma / alpha, its middle the geometric mean (k-diffusion; arXiv:2206.00364, app. D). Order 2,
+  two calls. eta > 0 goes down to less noise and adds fresh noise, as `ddim` does."""
+  def move(process, denoise, x, x0, t, s):
+    middle = between(process, t, s, 0.5)
+    change = noise_change(denoise, x, x0, t, transfer(x, x0, t, middle), middle)
+    return combine((1.0, transfer(x, x0, t, s)), (stretch(t, s), change))
+  return _ancestral('dpm2', move, eta)
+
+
+def rk4() -> Solver:
+  """The classical method of Runge and Kutta for the probability-flow ODE in t (Kutta 1901). Order 4, four calls."""
+  def step(process, denoise, keys, x, t, s, memory):
+    h, middle = s.t - t.t, process.level(0.5 * (t.t + s.t))
+    first = drift(process, denoise, x, t)
+    second = drift(process, denoise, combine((1.0, x), (0.5 * h, first)), middle)
+    third = drift(process, denoise, combine((1.0, x), (0.5 * h, second)), middle)
+    fourth = drift(process, denoise, combine((1.0, x), (h, third)), s)
+    return combine((1.0, x), (h / 6, first), (h / 3, second), (h / 3, third), (h / 6, fourth)), memory
+  return Solver(no_memory, step, order=4, calls=4)
+
+
+def between(process: Gaussian, t: Level, s: Level, share: float) -> Level:
+  """The level at this share of the way in logsnr from t to s; in time, where t is pure noise."""
+  finite = jnp.isfinite(t.logsnr)
+  start = jnp.where(finite, t.logsnr, s.logsnr)
+  inner = schedules.time_at(process.schedule, start + share * (s.logsnr - start))
+  return process.level(jnp.where(finite, inner, t.t + share * (s.t - t.t)))
+
+
+def width(t: Level, s: Level) -> Array:
+  """The step in log(alpha / sigma), which is positive; 0 from pure noise, where it is infinite."""
+  h = 0.5 * (s.logsnr - t.logsnr)
+  return jnp.where(jnp.isfinite(h), h, 0.0)
+
+
+def noise_change(denoise, x: PyTree, x0: PyTree, t: Level, ahead: PyTree, middle: Level) -> PyTree:
+  """The noise that is seen at `ahead`, less that at x."""
+  there = noise_of(middle, ahead, denoise(ahead, middle).x0)
+  return combine((1.0, there), (-1.0, noise_of(t, x, x0)))
+
+
+def _slope(h: Array) -> Array:
+  """(e^h - 1) / h - 1; 0 at h = 0."""
+  safe = jnp.where(h == 0, 1.0, h)
+  return jnp.where(h == 0, 0.0, jnp.expm1(safe) / safe - 1)
+
+
+def _ancestral(name: str, move, eta: float) -> Solver:
+  """A solver of order 2 and two calls that moves to a level of less noise, and adds noise up to that of s."""
+  if not 0 <= eta <= 1:
+    raise ValueError(f'{name} needs 0 <= eta <= 1; got {eta}.')
+  def step(process, denoise, keys, x, t, s, memory):
+    x0 = denoise(x, t).x0
+    if eta == 0:
+      return move(process, denoise, x, x0, t, s), memory
+    fresh = (eta * s.sigma)**2 * posterior_share(t, s)
+    down = s._replace(sigma=jnp.sqrt(jnp.maximum(s.sigma**2 - fresh, 0)))
+    moved = move(process, denoise, x, x0, t, down)
+    return combine((1.0, moved), (jnp.sqrt(fresh), normal(keys, x))), memory
+  return Solver(no_memory, step, order=2 if eta == 0 else None, calls=2)
