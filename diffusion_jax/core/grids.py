@@ -1,7 +1,9 @@
 """Grids: the times that a sampler visits, from noise down to data. A grid is a numpy array [steps + 1] that ends at 0."""
 from collections.abc import Callable
 
+import jax
 import numpy as np
+from jax.scipy.special import betainc
 
 from diffusion_jax.core import schedules
 from diffusion_jax.core.types import Schedule
@@ -11,10 +13,43 @@ Grid = Callable[[Schedule], np.ndarray]
 
 def uniform(steps: int, t_max: float = 1.0) -> Grid:
   """Evenly spaced in t, from t_max to 0."""
-  _check_steps(steps)
-  if not 0 < t_max <= 1:
-    raise ValueError(f'uniform needs 0 < t_max <= 1; got {t_max}.')
-  return lambda schedule: np.linspace(t_max, 0, steps + 1)
+  return _warped(steps, t_max, lambda u: u)
+
+
+def quadratic(steps: int, t_max: float = 1.0) -> Grid:
+  """t = t_max u^2, u even: denser near the data (arXiv:2010.02502, app. D.2)."""
+  return _warped(steps, t_max, np.square)
+
+
+def cosine(steps: int, t_max: float = 1.0) -> Grid:
+  """t = t_max (1 - cos(pi u / 2)), u even: denser near the data, with a last step as long as that of `quadratic`."""
+  return _warped(steps, t_max, lambda u: 1 - np.cos(0.5 * np.pi * u))
+
+
+def beta(steps: int, alpha: float = 0.6, beta: float = 0.6, t_max: float = 1.0) -> Grid:
+  """t = t_max times the quantile of Beta(alpha, beta) at even u: for 0.6 denser at both ends (arXiv:2407.12173)."""
+  if alpha <= 0 or beta <= 0:
+    raise ValueError(f'beta needs alpha > 0 and beta > 0; got {alpha}, {beta}.')
+  def quantile(u):
+    with jax.ensure_compile_time_eval():
+      return np.asarray(schedules.bisect(lambda t: 1 - betainc(alpha, beta, t), 1 - u), np.float64)
+  return _warped(steps, t_max, lambda u: np.where((u == 0) | (u == 1), u, quantile(u)))  # the ends without rounding
+
+
+def leading(steps: int, table: int = 1000, offset: int = 1) -> Grid:
+  """Of the numbers 0..table - 1 of a table of betas every (table // steps)-th, from `offset` on, t = (number + 1) / table
+  (arXiv:2305.08891, table 2): what DDIM and Stable Diffusion sample at. It leaves the noisiest steps out."""
+  return _numbered(steps, table, lambda: np.arange(steps) * (table // steps) + offset)
+
+
+def trailing(steps: int, table: int = 1000) -> Grid:
+  """From the last number of a table down by table / steps, rounded (arXiv:2305.08891, table 2): starts at t = 1."""
+  return _numbered(steps, table, lambda: np.sort(np.round(table - np.arange(steps) * table / steps)) - 1)
+
+
+def linspace(steps: int, table: int = 1000) -> Grid:
+  """Evenly from the first number of a table to the last, rounded (arXiv:2305.08891, table 2; arXiv:2102.09672)."""
+  return _numbered(steps, table, lambda: np.round(np.linspace(0, table - 1, steps)))
 
 
 def karras(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Grid:
@@ -27,6 +62,14 @@ def karras(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: f
     raise ValueError(f'karras needs 0 < sigma_min < sigma_max and rho > 0; got {sigma_min}, {sigma_max}, {rho}.')
   sigmas = np.linspace(sigma_max**(1 / rho), sigma_min**(1 / rho), steps)**rho
   return _at_logsnr(-2 * np.log(sigmas))
+
+
+def exponential(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0) -> Grid:
+  """log(sigma / alpha) evenly from log(sigma_max) to log(sigma_min), then t = 0: `logsnr` in other words (k-diffusion)."""
+  _check_steps(steps)
+  if not 0 < sigma_min < sigma_max:
+    raise ValueError(f'exponential needs 0 < sigma_min < sigma_max; got {sigma_min}, {sigma_max}.')
+  return _at_logsnr(-2 * np.linspace(np.log(sigma_max), np.log(sigma_min), steps))
 
 
 def logsnr(steps: int, low: float = -10.0, high: float = 10.0) -> Grid:
@@ -54,6 +97,26 @@ def shift(grid: Grid, factor: float) -> Grid:
 def dimension_shift(grid: Grid, size: int, base: int = 4096) -> Grid:
   """`shift` by sqrt(size / base) for examples of `size` numbers (schedules.dimension_factor)."""
   return shift(grid, schedules.dimension_factor(size, base))
+
+
+def _warped(steps: int, t_max: float, warp: Callable[[np.ndarray], np.ndarray]) -> Grid:
+  """t_max warp(u) for even u from 1 to 0."""
+  _check_steps(steps)
+  if not 0 < t_max <= 1:
+    raise ValueError(f'A grid needs 0 < t_max <= 1; got {t_max}.')
+  return lambda schedule: t_max * warp(np.linspace(1, 0, steps + 1))
+
+
+def _numbered(steps: int, table: int, numbers: Callable[[], np.ndarray]) -> Grid:
+  """The times (number + 1) / table of rising numbers, from the last down, then 0."""
+  _check_steps(steps)
+  if steps > table:
+    raise ValueError(f'A table of {table} steps has no grid of {steps}.')
+  times = (numbers()[::-1] + 1) / table
+  if times[0] > 1:
+    raise ValueError(f'The grid begins at number {times[0] * table - 1:g} of a table that ends at {table - 1}: lower the '
+                     'offset.')
+  return lambda schedule: np.append(times, 0.0)
 
 
 def _at_logsnr(values: np.ndarray) -> Grid:

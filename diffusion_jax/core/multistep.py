@@ -14,7 +14,7 @@ import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Array, PyTree
 
-from diffusion_jax.core.solvers import Solver, stretch, transfer
+from diffusion_jax.core.solvers import Solver, below, check_eta, renoise, stretch, transfer
 from diffusion_jax.core.targets import noise_of
 from diffusion_jax.core.types import Level, combine
 
@@ -70,13 +70,14 @@ def deis(order: int = 3, clock: str = 't') -> Solver:
   return _adams('deis', order, spaces[clock])
 
 
-def dpm_3m() -> Solver:
+def dpm_3m(eta: float = 0.0) -> Solver:
   """DPM-Solver++(3M): a parabola of x0 over log(alpha / sigma) (arXiv:2211.01095, app. B). Order 3.
 
+  eta > 0 is its SDE: the parabola under the integral of the SDE's kernel, and fresh noise (solvers.renoise).
   Not the formula of diffusers 0.42.1 and k-diffusion 0.1.1, which take half of the parabola's second derivative: measured,
   theirs is of order 2.0 where this is of order 3.0.
   """
-  return _adams('dpm_3m', 3, DATA_OVER_LOG)
+  return _adams('dpm_3m', 3, DATA_OVER_LOG, eta)
 
 
 def unipc(order: int = 3) -> Solver:
@@ -93,11 +94,11 @@ def unipc(order: int = 3) -> Solver:
     x0 = denoise(x, t).x0
     history, newest = memory.history, jax.tree.map(lambda leaf: leaf[0], memory.history.values)
     longer = push(history, x0, space.clock(t), order + 1)
-    corrected = advance(process, space, memory.x, newest, memory.level, t, longer, 1)
+    corrected = advance(process, space, transfer(memory.x, newest, memory.level, t), memory.level, t, longer, 1)
     known = ~jnp.isnan(history.clocks[0])
     x = jax.tree.map(lambda a, b: jnp.where(known, a, b), corrected, x)
     history = push(history, x0, space.clock(t), order)
-    return advance(process, space, x, x0, t, s, history, 0), Place(history, x, t)
+    return advance(process, space, transfer(x, x0, t, s), t, s, history, 0), Place(history, x, t)
   return Solver(init, step, order=order + 1)
 
 
@@ -125,16 +126,21 @@ def ipndm(order: int = 4) -> Solver:
 EVEN = [[1], [3 / 2, -1 / 2], [23 / 12, -16 / 12, 5 / 12], [55 / 24, -59 / 24, 37 / 24, -9 / 24]]
 
 
-def _adams(name: str, order: int, space: Space) -> Solver:
-  """The explicit multistep method of this order in a space."""
+def _adams(name: str, order: int, space: Space, eta: float = 0.0) -> Solver:
+  """The explicit multistep method of this order in a space; for eta > 0, of x0 over its logarithm, that of the SDE."""
   _check_order(name, order)
+  check_eta(name, eta)
+  if eta:
+    space = space._replace(measure=lambda process, u, end: (1 + eta) * jnp.exp((1 + eta) * (u - end)))
   def init(x):
     return empty(x, order)
   def step(process, denoise, keys, x, t, s, memory):
     x0 = denoise(x, t).x0
     history = push(memory, space.value(x, x0, t), space.clock(t), order)
-    return advance(process, space, x, x0, t, s, history, 0), history
-  return Solver(init, step, order=order)
+    down = below(t, s, eta)
+    moved = advance(process, space, transfer(x, x0, t, down), t, s, history, 0)
+    return renoise(keys, moved, down, s), history
+  return Solver(init, step, order=order if eta == 0 else None)
 
 
 def empty(x: PyTree, count: int) -> History:
@@ -149,8 +155,8 @@ def push(history: History, value: PyTree, clock: Array, count: int) -> History:
   return History(jax.tree.map(add, history.values, value), jnp.concatenate([clocks, history.clocks])[:count])
 
 
-def advance(process, space: Space, x: PyTree, x0: PyTree, t: Level, s: Level, history: History, own: int) -> PyTree:
-  """x carried from t to s by the polynomial through the history, in which number `own` is the prediction at t."""
+def advance(process, space: Space, first: PyTree, t: Level, s: Level, history: History, own: int) -> PyTree:
+  """The first-order move from t to s, corrected by the polynomial through the history, whose number `own` is made at t."""
   start, end = space.clock(t), space.clock(s)
   known = jnp.isfinite(start) & jnp.isfinite(end)
   start, end = jnp.where(known, start, 0.0), jnp.where(known, end, 1.0)
@@ -159,7 +165,6 @@ def advance(process, space: Space, x: PyTree, x0: PyTree, t: Level, s: Level, hi
   u = start + (end - start) * NODES
   shares = (WEIGHTS * (end - start) * space.measure(process, u, end)) @ _basis(u, nodes, present)
   shares = jnp.where(present, shares, 0.0) * space.scale(s)
-  first = transfer(x, x0, t, s)
   change = lambda base, stack: base + jnp.tensordot(shares.astype(stack.dtype), stack - stack[own][None], 1)
   return jax.tree.map(change, first, history.values)
 

@@ -8,9 +8,9 @@ from jaxtyping import Array, PyTree
 
 from diffusion_jax.core import schedules
 from diffusion_jax.core.processes import Gaussian, posterior_share
-from diffusion_jax.core.solvers import Solver, drift, no_memory, stretch, transfer
+from diffusion_jax.core.solvers import Solver, add_noise, check_eta, drift, no_memory, stretch, transfer
 from diffusion_jax.core.targets import noise_of
-from diffusion_jax.core.types import Level, combine, normal
+from diffusion_jax.core.types import Level, combine, normal, split
 
 
 def dpm_solver(order: int = 2) -> Solver:
@@ -67,6 +67,67 @@ def rk4() -> Solver:
   return Solver(no_memory, step, order=4, calls=4)
 
 
+def dpm_sde(eta: float = 1.0, share: float = 0.5) -> Solver:
+  """DPM-Solver++'s SDE in two stages: a move to the middle with noise, and the whole step with a mix of both x0
+  (arXiv:2211.01095, app. D; k-diffusion). Two calls; the noise of both moves is of one Brownian path in sigma / alpha.
+
+  `share` is where the middle lies in log(alpha / sigma). Independent noise for the two would lose variance.
+  """
+  check_eta('dpm_sde', eta)
+  if not 0 < share <= 1:
+    raise ValueError(f'dpm_sde needs 0 < share <= 1; got {share}.')
+  def step(process, denoise, keys, x, t, s, memory):
+    x0, middle = denoise(x, t).x0, between(process, t, s, share)
+    first, rest = split(keys, 2)
+    early = normal(first, x)
+    place = ancestral_level(t, middle, eta)
+    there = add_noise(transfer(x, x0, t, place), place, middle, early)
+    mix = 1 / (2 * share)
+    ahead = combine((1 - mix, x0), (mix, denoise(there, middle).x0))
+    # The path from t to s is that to the middle and on, in proportion to the ways in sigma / alpha.
+    ratio = jnp.where(t.alpha > 0, _way(t, middle) / _way(t, s), 1.0)
+    late = combine((jnp.sqrt(ratio), early), (jnp.sqrt(1 - ratio), normal(rest, x)))
+    place = ancestral_level(t, s, eta)
+    return add_noise(transfer(x, ahead, t, place), place, s, late), memory
+  return Solver(no_memory, step, calls=2)
+
+
+def euler_maruyama(diffusion: str = 'sigma', scale: float = 1.0) -> Solver:
+  """A step of the reverse SDE dx = (v - w score / 2) dt + sqrt(w) dW in t, with SiT's forms of w (arXiv:2401.08740, sec. 2
+  and its code): 'constant' scale, 'sigma' scale sigma, 'linear' scale t, 'decreasing' (scale cos(pi (1 - t)) + 1)^2 / 4,
+  'increasing_decreasing' scale sin(pi t)^2, 'sbdm' scale 2 (sigma sigma' - sigma^2 alpha' / alpha), of the schedule."""
+  if diffusion not in DIFFUSIONS:
+    raise ValueError(f'euler_maruyama has the diffusions {", ".join(DIFFUSIONS)}; got {diffusion!r}.')
+  def step(process, denoise, keys, x, t, s, memory):
+    x0 = denoise(x, t).x0
+    noise, (alpha_slope, sigma_slope) = noise_of(t, x, x0), process.slopes(t.t)
+    w, h = DIFFUSIONS[diffusion](scale, t, alpha_slope, sigma_slope), t.t - s.t
+    moved = combine((1.0, x), (-h * alpha_slope, x0), (-h * (sigma_slope + 0.5 * w / t.sigma), noise))
+    return combine((1.0, moved), (jnp.sqrt(w * h), normal(keys, x))), memory
+  return Solver(no_memory, step)
+
+
+DIFFUSIONS = {
+  'constant': lambda scale, t, alpha_slope, sigma_slope: scale * jnp.ones_like(t.t),
+  'sigma': lambda scale, t, alpha_slope, sigma_slope: scale * t.sigma,
+  'linear': lambda scale, t, alpha_slope, sigma_slope: scale * t.t,
+  'decreasing': lambda scale, t, alpha_slope, sigma_slope: 0.25 * (scale * jnp.cos(jnp.pi * (1 - t.t)) + 1)**2,
+  'increasing_decreasing': lambda scale, t, alpha_slope, sigma_slope: scale * jnp.sin(jnp.pi * t.t)**2,
+  'sbdm': lambda scale, t, alpha_slope, sigma_slope:
+    scale * 2 * (t.sigma * sigma_slope - t.sigma**2 * alpha_slope / t.alpha)}
+
+
+def ancestral_level(t: Level, s: Level, eta: float) -> Level:
+  """The level of less noise at alpha_s from which fresh noise of variance eta^2 Var q(xs | xt, x0) leads up to s."""
+  fresh = (eta * s.sigma)**2 * posterior_share(t, s)
+  return s._replace(sigma=jnp.sqrt(jnp.maximum(s.sigma**2 - fresh, 0)))
+
+
+def _way(t: Level, s: Level) -> Array:
+  """sigma_t / alpha_t - sigma_s / alpha_s, where that is finite."""
+  return t.sigma / jnp.where(t.alpha > 0, t.alpha, 1.0) - s.sigma / s.alpha
+
+
 def between(process: Gaussian, t: Level, s: Level, share: float) -> Level:
   """The level at this share of the way in logsnr from t to s; in time, where t is pure noise."""
   finite = jnp.isfinite(t.logsnr)
@@ -101,8 +162,6 @@ def _ancestral(name: str, move, eta: float) -> Solver:
     x0 = denoise(x, t).x0
     if eta == 0:
       return move(process, denoise, x, x0, t, s), memory
-    fresh = (eta * s.sigma)**2 * posterior_share(t, s)
-    down = s._replace(sigma=jnp.sqrt(jnp.maximum(s.sigma**2 - fresh, 0)))
-    moved = move(process, denoise, x, x0, t, down)
-    return combine((1.0, moved), (jnp.sqrt(fresh), normal(keys, x))), memory
+    down = ancestral_level(t, s, eta)
+    return add_noise(move(process, denoise, x, x0, t, down), down, s, normal(keys, x)), memory
   return Solver(no_memory, step, order=2 if eta == 0 else None, calls=2)

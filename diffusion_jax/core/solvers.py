@@ -64,11 +64,13 @@ def heun() -> Solver:
   return Solver(no_memory, step, order=2, calls=2)
 
 
-def dpm_2m() -> Solver:
+def dpm_2m(eta: float = 0.0) -> Solver:
   """DPM-Solver++(2M): x0 extrapolated over half the step in log(alpha / sigma) (arXiv:2211.01095, alg. 2). Order 2.
 
-  The first step, and one that follows a step from alpha = 0, is of first order.
+  eta > 0 is SDE-DPM-Solver++(2M) (app. D; k-diffusion's 'midpoint'): a move to less noise, and fresh noise (`renoise`). The
+  first step, and one that follows a step from alpha = 0, is of first order.
   """
+  check_eta('dpm_2m', eta)
   def init(x):
     return jax.tree.map(jnp.zeros_like, x), jnp.full((), jnp.inf)
   def step(process, denoise, keys, x, t, s, memory):
@@ -77,8 +79,9 @@ def dpm_2m() -> Solver:
     width = 0.5 * (s.logsnr - t.logsnr)
     ratio = jnp.where(jnp.isinf(width_before), 0.0, 0.5 * width / width_before)
     ahead = combine((1 + ratio, x0), (-ratio, before))
-    return transfer(x, ahead, t, s), (x0, width)
-  return Solver(init, step, order=2)
+    down = below(t, s, eta)
+    return renoise(keys, transfer(x, ahead, t, down), down, s), (x0, width)
+  return Solver(init, step, order=2 if eta == 0 else None)
 
 
 def no_memory(x: PyTree) -> tuple:
@@ -95,6 +98,29 @@ def transfer(x: PyTree, x0: PyTree, t: Level, s: Level) -> PyTree:
 def stretch(t: Level, s: Level) -> Array:
   """alpha_s (sigma_s / alpha_s - sigma_t / alpha_t), by which a change of the noise moves xs; 0 from pure noise."""
   return jnp.where(t.alpha > 0, s.sigma - s.alpha * t.sigma / jnp.where(t.alpha > 0, t.alpha, 1.0), 0.0)
+
+
+def below(t: Level, s: Level, eta: float) -> Level:
+  """The level at alpha_s with sigma_s e^(-eta h), h the step in log(alpha / sigma), to which an SDE solver moves before it
+  adds noise; with eta = 1 what it adds has the variance of q(xs | xt, x0) (arXiv:2211.01095, app. D)."""
+  if eta == 0:
+    return s
+  return s._replace(sigma=s.sigma * (t.alpha * s.sigma / (s.alpha * t.sigma))**eta)
+
+
+def renoise(keys, x: PyTree, down: Level, s: Level) -> PyTree:
+  """x at the level `down`, with fresh noise up to sigma_s."""
+  return x if down is s else add_noise(x, down, s, normal(keys, x))
+
+
+def add_noise(x: PyTree, down: Level, s: Level, noise: PyTree) -> PyTree:
+  """x at the level `down`, with this noise up to sigma_s."""
+  return combine((1.0, x), (jnp.sqrt(jnp.maximum(s.sigma**2 - down.sigma**2, 0)), noise))
+
+
+def check_eta(name: str, eta: float) -> None:
+  if eta < 0:
+    raise ValueError(f'{name} needs eta >= 0; got {eta}.')
 
 
 def drift(process: Gaussian, denoise: Callable, x: PyTree, t: Level) -> PyTree:

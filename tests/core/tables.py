@@ -98,6 +98,13 @@ TIMES = {
 }
 GRIDS = {
   'uniform': grids.uniform(8),
+  'quadratic': grids.quadratic(8),
+  'cosine': grids.cosine(8),
+  'beta': grids.beta(8),
+  'leading': grids.leading(8),
+  'trailing': grids.trailing(8),
+  'linspace': grids.linspace(8),
+  'exponential': grids.exponential(8, 0.02, 10.0),
   'karras': grids.karras(8, 0.02, 10.0),  # within the range of every schedule
   'logsnr': grids.logsnr(8, -4.9, 9.0),
   'shift': grids.shift(grids.uniform(8), 0.5),
@@ -143,6 +150,7 @@ SOLVERS = {
   'euler': solvers.euler(),
   'heun': solvers.heun(),
   'dpm_2m': solvers.dpm_2m(),
+  'dpm_2m(1)': solvers.dpm_2m(1.0),
 }
 SINGLESTEP = {
   'dpm_solver(1)': singlestep.dpm_solver(1),
@@ -153,6 +161,11 @@ SINGLESTEP = {
   'dpm2': singlestep.dpm2(),
   'dpm2(1)': singlestep.dpm2(1.0),
   'rk4': singlestep.rk4(),
+  'dpm_sde': singlestep.dpm_sde(),
+  'dpm_sde(0.6)': singlestep.dpm_sde(0.6, 0.4),
+  'euler_maruyama': singlestep.euler_maruyama(),
+  **{f'euler_maruyama({name})': singlestep.euler_maruyama(name)
+     for name in ('constant', 'linear', 'decreasing', 'increasing_decreasing')},
 }
 MULTISTEP = {
   **{f'lms({order})': multistep.lms(order) for order in (1, 2, 3)},
@@ -160,6 +173,7 @@ MULTISTEP = {
   'deis': multistep.deis(),
   'deis(log_r)': multistep.deis(2, 'log_r'),
   'dpm_3m': multistep.dpm_3m(),
+  'dpm_3m(1)': multistep.dpm_3m(1.0),
   'unipc': multistep.unipc(),
   'unipc(1)': multistep.unipc(1),
   'ipndm': multistep.ipndm(),

@@ -43,7 +43,7 @@ NOISE_WEIGHTS = {
 
 def given(u):
   """The law of times whose draws are these."""
-  return Times(lambda process, draw: jnp.asarray(u), lambda process, t: jnp.ones_like(t))
+  return Times(lambda process, draw: jnp.asarray(u), lambda process, t: jnp.ones_like(t), flat=True)
 
 
 def sigma_of(schedule, t):

@@ -2,6 +2,7 @@
 import numpy as np
 import pytest
 from jax import numpy as jnp
+from scipy import stats
 
 from diffusion_jax.core import grids, schedules
 from tests.core.tables import ALL_SCHEDULES, FEW, GRIDS, REACHING_NOISE, SCHEDULES, check_complete, over
@@ -90,7 +91,7 @@ def test_a_range_that_the_schedule_lacks_is_an_error(grid, name, sentence):
 
 @pytest.mark.parametrize('call, sentence', [
   (lambda: grids.uniform(0), 'A grid needs at least 1 step; got 0.'),
-  (lambda: grids.uniform(4, 1.5), 'uniform needs 0 < t_max <= 1; got 1.5.'),
+  (lambda: grids.uniform(4, 1.5), 'A grid needs 0 < t_max <= 1; got 1.5.'),
   (lambda: grids.karras(4, 2.0, 1.0), 'karras needs 0 < sigma_min < sigma_max and rho > 0; got 2.0, 1.0, 7.0.'),
   (lambda: grids.karras(-1), 'A grid needs at least 1 step; got -1.'),
   (lambda: grids.logsnr(4, 3.0, 3.0), 'logsnr needs low < high; got low=3.0, high=3.0.'),
@@ -98,6 +99,42 @@ def test_a_range_that_the_schedule_lacks_is_an_error(grid, name, sentence):
   (lambda: grids.shift(grids.uniform(4), 0.0)(schedules.flow()), 'shift needs factor > 0; got 0.0.'),
 ])
 def test_bad_arguments_get_a_sentence(call, sentence):
+  with pytest.raises(ValueError) as error:
+    call()
+  assert str(error.value) == sentence
+
+
+def test_the_spacings_of_a_table_are_those_of_table_2():
+  """arXiv:2305.08891, table 2, for 10 of 1000 steps; its numbers count from 1."""
+  at = lambda grid: np.round(grid(SCHEDULES['flow'])[:-1] * 1000).astype(int).tolist()
+  assert at(grids.leading(10, offset=0)) == [901, 801, 701, 601, 501, 401, 301, 201, 101, 1]
+  assert at(grids.linspace(10)) == [1000, 889, 778, 667, 556, 445, 334, 223, 112, 1]
+  assert at(grids.trailing(10)) == [1000, 900, 800, 700, 600, 500, 400, 300, 200, 100]
+
+
+def test_beta_has_the_quantiles_of_scipy():
+  u = np.linspace(1, 0, 9)
+  np.testing.assert_allclose(grids.beta(8, 0.6, 0.9)(SCHEDULES['flow']), stats.beta.ppf(u, 0.6, 0.9), atol=1e-6)
+
+
+def test_exponential_and_logsnr_are_one_grid():
+  a, b = grids.exponential(6, 0.01, 50.0), grids.logsnr(6, -2 * np.log(50.0), -2 * np.log(0.01))
+  np.testing.assert_allclose(a(SCHEDULES['flow']), b(SCHEDULES['flow']))
+
+
+def test_quadratic_and_cosine_are_denser_near_the_data():
+  u = np.linspace(1, 0, 5)
+  np.testing.assert_allclose(grids.quadratic(4, 0.8)(SCHEDULES['flow']), 0.8 * u**2)
+  np.testing.assert_allclose(grids.cosine(4)(SCHEDULES['flow']), 2 * np.sin(np.pi * u / 4)**2, atol=1e-15)
+
+
+@pytest.mark.parametrize('call, sentence', [
+  (lambda: grids.leading(1001), 'A table of 1000 steps has no grid of 1001.'),
+  (lambda: grids.leading(10, 100, 50), 'The grid begins at number 140 of a table that ends at 99: lower the offset.'),
+  (lambda: grids.beta(4, 0.0), 'beta needs alpha > 0 and beta > 0; got 0.0, 0.6.'),
+  (lambda: grids.exponential(4, 2.0, 1.0), 'exponential needs 0 < sigma_min < sigma_max; got 2.0, 1.0.'),
+])
+def test_bad_spacings_get_a_sentence(call, sentence):
   with pytest.raises(ValueError) as error:
     call()
   assert str(error.value) == sentence

@@ -30,6 +30,8 @@ SOLVERS = {
   'k_diffusion/dpm_2_ancestral/to_min': singlestep.dpm2(1.0),
   'k_diffusion/dpm_2_ancestral/eta/to_min': singlestep.dpm2(0.6),
   'k_diffusion/dpmpp_2s_ancestral/to_min': singlestep.dpm_2s(1.0),
+  'k_diffusion/dpmpp_2m_sde/midpoint/to_min': solvers.dpm_2m(1.0),
+  'k_diffusion/dpmpp_2m_sde/eta/to_min': solvers.dpm_2m(0.6),
   **{f'diffusers/LMSDiscrete/order/{order}': multistep.lms(order) for order in (1, 2, 3)},
   **{f'diffusers/DEISMultistep/{order}/full': multistep.deis(order, 'log_r') for order in (1, 2, 3)},
   'diffusers/DPMSolverMultistep/dpmsolver++/2/midpoint/full': solvers.dpm_2m(),

@@ -73,7 +73,7 @@ def test_the_order_of_convergence(name, schedule, x64):
   assert abs(order - expected) < 0.25, errors
 
 
-@pytest.mark.parametrize('name', DETERMINISTIC)
+@pytest.mark.parametrize('name', [name for name in ROWS if name in DETERMINISTIC])
 @pytest.mark.parametrize('schedule', ['cosine', 'flow'])
 def test_the_order_to_the_end(name, schedule, x64):
   """All the way to t = 0, where the last move is the denoiser's."""
@@ -118,7 +118,7 @@ def moments(x):
 
 
 @pytest.mark.parametrize('name', ROWS)
-@pytest.mark.parametrize('schedule', GRIDS)
+@pytest.mark.parametrize('schedule', ['karras', 'linear'])
 def test_the_moments_of_gaussian_data(name, schedule):
   process, count = Gaussian(SCHEDULES[schedule]), 2000
   grid = GRIDS[schedule](process.schedule)
