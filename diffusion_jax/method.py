@@ -70,8 +70,10 @@ def make_method(config: ConfigDict, task: Task) -> Method:
   parts = {'schedule': schedule, 'uncertainty': uncertainty}
   learned = {name: part for name, part in parts.items() if isinstance(part, Learned)}
   adaptive = isinstance(law, Adaptive)
-  _check_times(config, law, Gaussian(_first(schedule)))
   make_loss, net = _make_loss(config), make_network(config, task)
+  first = Gaussian(_first(schedule)), _as_uniform(law.times(law.init())) if adaptive else law
+  _check_times(config, *first)
+  make_loss(*first)
 
   def init(key):
     x, cond = _example(task)
@@ -175,7 +177,7 @@ def _objective(config: ConfigDict) -> str:
 
 
 def _make_loss(config: ConfigDict) -> Callable[[Gaussian, Times], Loss]:
-  """(process, times) -> the loss of config.loss, tried once on the process before training."""
+  """(process, times) -> the loss of config.loss."""
   target, space = _target(config), _build(config, 'space', rows(targets, Target))
   weight = _build(config, 'weight', rows(weights, Weight))
   if _objective(config) == 'bound' and (config.weight not in ('constant()', 'constant') or config.uncertainty):
@@ -186,13 +188,11 @@ def _make_loss(config: ConfigDict) -> Callable[[Gaussian, Times], Loss]:
     names = {'regression': partial(losses.regression, *squares), 'hybrid': partial(bounds.hybrid, *squares),
              'bound': partial(bounds.bound, process, target, law)}
     return _build(config, 'loss', {**names, **rows(losses, Distance), **rows(bounds, bounds.Decoder)})
-  make(Gaussian(_first(_schedule(config))), times.uniform())
   return make
 
 
-def _check_times(config: ConfigDict, law: Times | Adaptive, process: Gaussian) -> None:
+def _check_times(config: ConfigDict, process: Gaussian, law: Times) -> None:
   """Raise ValueError where the law of times cannot be had on this schedule."""
-  law = law.times(law.init()) if isinstance(law, Adaptive) else law
   try:
     jax.eval_shape(lambda key: law.sample(process, Draw(key, jnp.arange(2), 2)), jax.random.key(0))
   except ValueError as error:

@@ -117,6 +117,7 @@ def test_resume_is_exact_with_all_that_a_method_keeps(tmp_path):
   ({'target': 'learned_variance(v())'}, 'does not train a variance'),
   (VDM | {'target': 'learned_variance(v())'}, 'does not train a variance'),
   ({'loss': 'regression(hubert())'}, "'hubert' is unknown. Did you mean 'huber'"),
+  ({'times': 'discrete(9)', 'target': 'noise()', 'grid': 'uniform(4, 0.9)'}, 'These times draw t = 1, where alpha = 0'),
   (VDM | {'times': 'shift(uniform(), 2.0)'}, "config.times 'shift(uniform(), 2.0)': shift by 2.0 needs lower logsnr"),
   ({'schedule': 'geometric()', 'times': 'shift(uniform(), 0.5)'}, "'shift(uniform(), 0.5)': shift by 0.5 needs higher"),
   ({'evaluate.trace': 'hutchinson(0)'}, "config.evaluate.trace: 'hutchinson(0)': hutchinson needs"),
