@@ -90,8 +90,7 @@ def variational(process: Process, times: Times, decoder: Decoder | None = None, 
     # A law that depends on a learned schedule is held still: its density is a divisor, no part of the bound.
     t = jax.lax.stop_gradient(times.sample(process, draw.part(TIMES)))
     share = jnp.where(t > start, 1 / jax.lax.stop_gradient(times.density(process, t)), 0.0)
-    # The number of the step; a t that is i / T up to rounding is step i.
-    t = jnp.maximum(jnp.ceil(t * steps * (1 - 1e-6)) / steps, 2 / steps) if steps else jnp.maximum(t, start)
+    t = jnp.maximum(_upper(t, steps), 2 / steps) if steps else jnp.maximum(t, start)
     level = process.level(t)
     xt, _ = process.corrupt(draw.part(NOISE).keys, x0, level)
     estimate = denoiser(xt, level, cond)
@@ -99,7 +98,7 @@ def variational(process: Process, times: Times, decoder: Decoder | None = None, 
       nats = combine((steps * share, process.divergence(estimate, x0, xt, level, process.level(t - 1 / steps))))
     else:
       nats = combine((share, process.rate(estimate, x0, xt, level)))
-    bits = lambda nats: losses.mean(lambda value: value / np.log(2), nats, scored)
+    bits = lambda nats: _bits(nats, scored)
     last = reconstruct(start, draw.part(LATENT).keys, lambda x, level: denoiser(x, level, cond), x0)
     return Bound(bits(process.prior_divergence(x0, process.level(1.0))), bits(nats), bits(last))
   def reconstruct(start, keys, denoise, x0):
@@ -141,14 +140,14 @@ def hybrid(process: Gaussian, target: Target, times: Times, weight: Weight, spac
   simple = losses.squared()
   def loss(network, draw, x0, cond=None, scored=None):
     drawn = times.sample(process, draw.part(TIMES))
-    level = process.level(jnp.ceil(drawn * steps * (1 - 1e-6)) / steps)
+    level = process.level(_upper(drawn, steps))
     xt, noise = process.corrupt(draw.part(NOISE).keys, x0, level)
     prediction, fraction = targets.predict(target, network, xt, level, cond)
     residual = losses.residual_of(process, target, space, level, prediction, x0, noise)
     estimate = jax.lax.stop_gradient(targets.estimate_of(process, target, level, xt, prediction))
     nats = step_term(process, decoder, Estimate(estimate, fraction), x0, xt, level, steps)
     density = times.density(process, drawn)
-    bits = losses.mean(lambda value: value / np.log(2), nats, scored) / density
+    bits = _bits(nats, scored) / density
     return losses.weight_at(process, times, weight, level) * simple(residual, scored) + scale * steps * bits
   return loss
 
@@ -185,6 +184,16 @@ def _reveal(process: Process, decoder: Decoder | None, estimate: Estimate, x0: P
   largest = level.sigma**2
   between = lambda f, least: jnp.exp((1 - f) * jnp.log(least) + f * jnp.log(largest))
   return jax.tree.map(lambda a, b, f, least: decoder(a, b, between(f, least)), x0, estimate.x0, fraction, least)
+
+
+def _upper(t: Array, steps: int) -> Array:
+  """The end i / T of the step in which t lies; a t that is i / T up to rounding is the end of step i."""
+  return jnp.ceil(t * steps * (1 - 1e-6)) / steps
+
+
+def _bits(nats: PyTree, scored: PyTree) -> Array:
+  """Bits per scored entry of every example."""
+  return losses.mean(lambda value: value / np.log(2), nats, scored)
 
 
 def _start(gaussians: list[Gaussian], high: float | None) -> Array | float:

@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Key, PyTree
 
 from diffusion_jax.core import schedules
-from diffusion_jax.core.types import Estimate, Level, Schedule, combine, fold, normal
+from diffusion_jax.core.types import Estimate, Level, Schedule, combine, fold, level_of, normal
 
 
 @runtime_checkable
@@ -50,8 +50,7 @@ class Gaussian:
 
   def level(self, t: ArrayLike) -> Level:
     """The level at time t in [0, 1]."""
-    t = jnp.asarray(t, jnp.result_type(float))
-    return Level(t, *self.schedule(t))
+    return level_of(self.schedule, t)
 
   def level_at(self, logsnr: ArrayLike) -> Level:
     """The level with this logsnr, in nats."""
@@ -107,8 +106,8 @@ class Gaussian:
 
     With equal variances it is (snr_s - snr_t) (x0 - estimate)^2 / 2 (arXiv:2107.00630, eq. 13).
     """
-    half = jax.tree.map(jnp.square, combine((1.0, x0), (-1.0, estimate.x0)))
-    same = combine((0.5 * ((s.alpha / s.sigma)**2 - (t.alpha / t.sigma)**2), half))
+    squares = jax.tree.map(jnp.square, combine((1.0, x0), (-1.0, estimate.x0)))
+    same = combine((0.5 * ((s.alpha / s.sigma)**2 - (t.alpha / t.sigma)**2), squares))
     if estimate.variance is None:
       return same
     stretch = combine((2 * (jnp.log(t.sigma) - jnp.log(s.sigma)), estimate.variance))  # log of p's variance over q's

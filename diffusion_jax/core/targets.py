@@ -12,7 +12,7 @@ from jax import numpy as jnp
 from jaxtyping import Array, PyTree
 
 from diffusion_jax.core.processes import Gaussian
-from diffusion_jax.core.types import Cond, Denoiser, Estimate, Level, Network, combine
+from diffusion_jax.core.types import Cond, Denoiser, Estimate, Level, Network, combine, per_example
 
 
 class Target(NamedTuple):
@@ -113,10 +113,7 @@ def noise_of(level: Level, xt: PyTree, x0: PyTree) -> PyTree:
 
 def predict(target: Target, network: Network, xt: PyTree, level: Level, cond: Cond) -> tuple[PyTree, PyTree]:
   """(prediction, the fraction of Estimate.variance or None) of a network at xt."""
-  batch = jax.tree.leaves(xt)[0].shape[0]
-  feature = target.feature(level)
-  feature = jnp.broadcast_to(feature, (batch,)) if feature.ndim == 0 else feature
-  out = network(combine((target.scale(level), xt)), feature, cond)
+  out = network(combine((target.scale(level), xt)), per_example(target.feature(level), xt), cond)
   if not target.learns_variance:
     return out, None
   halves = jax.tree.map(lambda leaf: tuple(jnp.split(leaf, 2, -1)), out)

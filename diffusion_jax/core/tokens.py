@@ -10,7 +10,7 @@ from jax import numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int, Key, PyTree
 
-from diffusion_jax.core.types import Denoiser, Estimate, Level, Network, Schedule, split, spread
+from diffusion_jax.core.types import Denoiser, Estimate, Level, Network, Schedule, level_of, per_example, split, spread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +29,7 @@ class Masked:
                        "Take 'flow()', 'cosine()' or another that reaches 0.")
 
   def level(self, t: ArrayLike) -> Level:
-    t = jnp.asarray(t, jnp.result_type(float))
-    return Level(t, *self.schedule(t))
+    return level_of(self.schedule, t)
 
   def prior(self, keys: Key[Array, 'batch'], like: PyTree, level: Level) -> Int[Array, '...']:
     """All mask."""
@@ -81,8 +80,7 @@ class Uniform:
     _check_classes(self.classes)
 
   def level(self, t: ArrayLike) -> Level:
-    t = jnp.asarray(t, jnp.result_type(float))
-    return Level(t, *self.schedule(t))
+    return level_of(self.schedule, t)
 
   def prior(self, keys: Key[Array, 'batch'], like: PyTree, level: Level) -> Int[Array, '...']:
     """Uniform tokens."""
@@ -148,9 +146,7 @@ class Uniform:
 def denoiser(network: Network) -> Denoiser:
   """The denoiser of tokens that a network of (xt, 1000 t, cond) is: what it returns are the logits of x0."""
   def denoise(xt, level, cond=None):
-    batch = jax.tree.leaves(xt)[0].shape[0]
-    feature = jnp.broadcast_to(1000 * level.t, (batch,)) if level.t.ndim == 0 else 1000 * level.t
-    return Estimate(network(xt, feature, cond))
+    return Estimate(network(xt, per_example(1000 * level.t, xt), cond))
   return denoise
 
 

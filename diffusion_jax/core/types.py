@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 from jax import numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 TIMES, NOISE, DROP, DROPOUT, LATENT = range(5)  # what a training draw is for: Draw.part(TIMES)
@@ -60,6 +61,17 @@ Schedule = Callable[[Array], tuple[Array, Array]]  # t -> (alpha, sigma)
 Network = Callable[[PyTree, Array, Cond], PyTree]  # (scaled xt, time feature [B], cond) -> prediction; params bound
 Denoiser = Callable[[PyTree, Level, Cond], Estimate]
 Transform = Callable[[Denoiser], Denoiser]
+
+
+def level_of(schedule: Schedule, t: ArrayLike) -> Level:
+  """The level of a schedule at time t in [0, 1]."""
+  t = jnp.asarray(t, jnp.result_type(float))
+  return Level(t, *schedule(t))
+
+
+def per_example(value: Array, x: PyTree) -> Array:
+  """A number for every example of x, where one is given for all."""
+  return jnp.broadcast_to(value, (jax.tree.leaves(x)[0].shape[0],)) if value.ndim == 0 else value
 
 
 def example_keys(key: Key[Array, ''], index: Int[Array, 'batch']) -> Key[Array, 'batch']:

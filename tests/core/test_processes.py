@@ -183,13 +183,18 @@ def test_the_clouds_of_the_oracle_have_its_density_and_denoiser(x64):
   assert integrate.trapezoid(density, place) == pytest.approx(1, abs=1e-8)
 
 
+def both_variances(s, t):
+  """(alpha, sigma) at s and t, and the variances of q(xs | xt, x0) and q(xt | xs), in double precision."""
+  (a_s, s_s), (a_t, s_t) = (np.float64([level.alpha, level.sigma]) for level in (s, t))
+  large = s_t**2 - (a_t / a_s * s_s)**2
+  return (a_s, s_s), (a_t, s_t), large * s_s**2 / s_t**2, large
+
+
 @over('schedule', FEW)
 def test_a_learned_variance_lies_between_the_two_of_the_literature(schedule, x64):
   """Fraction 0: that of q(xs | xt, x0); 1: that of q(xt | xs), beta for variance preserving; 0.3: log-linear between."""
   process, s, t = levels(schedule)
-  (a_s, s_s), (a_t, s_t) = (np.float64([level.alpha, level.sigma]) for level in (s, t))
-  large = s_t**2 - (a_t / a_s * s_s)**2
-  small = large * s_s**2 / s_t**2
+  (a_s, s_s), (a_t, s_t), small, large = both_variances(s, t)
   fraction = jnp.broadcast_to(jnp.array([0.0, 1.0, 0.3, -0.5]), (COUNT, 4))
   expected = [small, large, small**0.7 * large**0.3, small**1.5 / large**0.5]
   np.testing.assert_allclose(reverse_variance(fraction, t, s)[0], expected, rtol=1e-9)
@@ -209,9 +214,7 @@ def test_a_learned_variance_lies_between_the_two_of_the_literature(schedule, x64
 def test_divergence_is_the_integral_over_the_two_laws(schedule, x64):
   """KL(q(xs | xt, x0) | p(xs | xt)) by quadrature over scipy's densities."""
   process, s, t = levels(schedule)
-  (a_s, s_s), (a_t, s_t) = (np.float64([level.alpha, level.sigma]) for level in (s, t))
-  large = s_t**2 - (a_t / a_s * s_s)**2
-  small = large * s_s**2 / s_t**2
+  (a_s, s_s), (a_t, s_t), small, large = both_variances(s, t)
   law = lambda x0, variance: stats.norm(small * (a_s * x0 / s_s**2 + a_t / a_s * -0.4 / large), np.sqrt(variance))
   for fraction, variance in ((None, small), (0.0, small), (0.3, small**0.7 * large**0.3), (1.0, large)):
     true, ours = law(0.7, small), law(0.2, variance)
