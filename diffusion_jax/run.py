@@ -1,6 +1,6 @@
 """What the jobs share: a config and a workdir become a mesh, a task, a method, a state, samples."""
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
@@ -18,7 +18,7 @@ from diffusion_jax.method import Method, make_likelihood, make_method, make_samp
 from diffusion_jax.runtime import mesh as meshes
 from diffusion_jax.runtime import optimizers
 from diffusion_jax.runtime.checkpoints import Checkpoints
-from diffusion_jax.runtime.step import State, init_state
+from diffusion_jax.runtime.step import State, init_state, train_step
 from diffusion_jax.runtime.workdir import check_resumable, load_config
 from diffusion_jax.tasks.task import Task, make_task
 
@@ -34,13 +34,15 @@ class Run(NamedTuple):
   rate: optax.Schedule
 
 
-def open_run(config: ConfigDict, workdir: Path, read: bool) -> Run:
+def open_run(config: ConfigDict, workdir: Path, read: bool, devices: Sequence[jax.Device] | None = None) -> Run:
   """Check a config and build what it names, with its data if `read`. Nothing is compiled and nothing is written.
+
+  `devices` are by default those of this job.
 
   Raises ValueError with a sentence for any illegal field, and where `workdir` belongs to another config.
   """
   keep_compiled()
-  mesh = meshes.make_mesh(config.mesh)
+  mesh = meshes.make_mesh(config.mesh, devices)
   meshes.check_divisible(config.train.batch, mesh, 'config.train.batch')
   for name in ('train.steps', 'train.batch', 'sample.batch', 'evaluate.batch', 'log.every', 'checkpoint.every',
                'checkpoint.keep'):
@@ -85,12 +87,31 @@ def open_checkpoints(run: Run) -> Checkpoints:
   return Checkpoints(run.workdir / 'checkpoints', run.config.checkpoint.keep)
 
 
+def state_shapes(run: Run) -> State:
+  """The state as shapes, with where they lie."""
+  return _placed(jax.eval_shape(fresh_state(run)), meshes.replicated(run.mesh))
+
+
+def batch_shapes(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
+  """A batch of training as shapes, with where they lie. No data are read."""
+  row = {**run.task.row, 'index': jax.ShapeDtypeStruct((), np.int32)}
+  rows = {name: jax.ShapeDtypeStruct((run.config.train.batch, *leaf.shape), leaf.dtype) for name, leaf in row.items()}
+  return _placed(rows, meshes.by_example(run.mesh))
+
+
+def _placed(shapes: PyTree, sharding: NamedSharding) -> PyTree:
+  return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
+
+
 def restore(run: Run, checkpoints: Checkpoints) -> State | None:
   """The newest readable state of the run, None if there is none."""
-  everywhere = meshes.replicated(run.mesh)
-  shapes = jax.eval_shape(fresh_state(run))
-  target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), shapes)
-  return checkpoints.restore(target)
+  return checkpoints.restore(state_shapes(run))
+
+
+def trace_step(run: Run, state: PyTree, batch: PyTree) -> jax.stages.Traced:
+  """The one training step, traced on arrays or shapes: (state, batch) -> (state, metrics). It takes the state's memory."""
+  step = partial(train_step, loss=run.method.loss, optimizer=run.optimizer, rate=run.rate, total=run.config.train.batch)
+  return jax.jit(step, donate_argnums=0, out_shardings=meshes.replicated(run.mesh)).trace(state, batch)
 
 
 def trained(run: Run) -> State:
@@ -149,10 +170,22 @@ def make_sampler(run: Run, transform: str, keep: bool = False) -> Callable:
   return sampler
 
 
+def trace_sampler(run: Run) -> jax.stages.Traced:
+  """The sampling program of config.transform for one batch, traced on shapes."""
+  state, index = state_shapes(run), np.arange(shared(run, run.config.sample.batch), dtype=np.int32)
+  rows = _placed((index, run.task.context(index)), meshes.by_example(run.mesh))
+  return jax.jit(sampling_program(run, run.config.transform)).trace(chosen_params(run, state), state.extra, *rows)
+
+
+def shared(run: Run, count: int) -> int:
+  """`count` rounded up to what the devices can share evenly."""
+  return -(-count // run.mesh.size) * run.mesh.size
+
+
 def draw(run: Run, sampler: Callable, state: State, count: int, batch: int) -> np.ndarray:
   """Samples 0 to count - 1, uint8, `batch` at a time, rounded up to what the devices share; the surplus is cut off."""
   params = chosen_params(run, state)
-  batch = -(-batch // run.mesh.size) * run.mesh.size
+  batch = shared(run, batch)
   parts = []
   for first in range(0, count, batch):
     index = np.arange(first, first + batch, dtype=np.int32)

@@ -2,7 +2,6 @@
 import json
 import signal
 import time
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -10,14 +9,14 @@ from ml_collections import ConfigDict
 
 from diffusion_jax.jobs import evaluate, sample
 from diffusion_jax.pictures import save_png
-from diffusion_jax.run import Run, draw, fresh_state, make_sampler, open_checkpoints, open_run, restore
+from diffusion_jax.run import Run, draw, fresh_state, make_sampler, open_checkpoints, open_run, restore, trace_step
 from diffusion_jax.runtime import input as inputs
 from diffusion_jax.runtime import mesh as meshes
 from diffusion_jax.runtime import workdir as workdirs
 from diffusion_jax.runtime.checkpoints import Checkpoints
 from diffusion_jax.runtime.logs import Log, say, table
 from diffusion_jax.runtime.signals import Stop
-from diffusion_jax.runtime.step import State, train_step
+from diffusion_jax.runtime.step import State
 
 
 def run(config: ConfigDict, workdir: Path) -> int:
@@ -78,8 +77,7 @@ def fit(this: Run, state: State, checkpoints: Checkpoints, stop: Stop) -> State:
 
 def compile_step(this: Run, state: State, batch: dict):
   """The one compiled step, with the table that a person sees before it runs."""
-  step = partial(train_step, loss=this.method.loss, optimizer=this.optimizer, rate=this.rate, total=this.config.train.batch)
-  lowered = jax.jit(step, donate_argnums=0, out_shardings=meshes.replicated(this.mesh)).lower(state, batch)
+  lowered = trace_step(this, state, batch).lower()
   leaves = jax.tree.leaves
   parameters = sum(leaf.size for leaf in leaves(state.params))
   flops = (lowered.cost_analysis() or {}).get('flops', float('nan'))

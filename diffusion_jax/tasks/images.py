@@ -1,6 +1,7 @@
 """Images with or without classes: digits, TFDS sets, folders."""
 from typing import Any
 
+import jax
 import numpy as np
 from jax import numpy as jnp
 from ml_collections import ConfigDict
@@ -43,6 +44,8 @@ def make_task(data: ConfigDict, reference: int, seed: int, labels: tuple[int, ..
       shape=(height, width, data.channels),
       classes=classes,
       summary=summarise(data, splits, classes) if read else '',
+      row={'x': jax.ShapeDtypeStruct((height, width, data.channels), np.uint8),
+           'label': jax.ShapeDtypeStruct((), np.int32)},
       batches=lambda step, batch, process, processes: inputs.batches(
           splits.train, augment, seed, batch, step, process, processes),
       encode=lambda rows: (encode(rows['x']), {'label': rows['label']} if classes else None),

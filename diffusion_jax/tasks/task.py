@@ -2,6 +2,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Array, PyTree
 from ml_collections import ConfigDict
@@ -14,6 +15,7 @@ class Task(NamedTuple):
   shape: tuple[int, ...]  # of one example, as the network sees it
   classes: int  # 0: unconditional
   summary: str  # a sentence on the data, for people
+  row: dict[str, jax.ShapeDtypeStruct]  # what an example of `batches` is
   batches: Callable[[int, int, int, int], Iterator[dict]]  # (step, batch, process, processes) -> rows of this process
   encode: Callable[[dict], tuple[PyTree, Cond]]  # rows on the device -> (x0, cond)
   context: Callable[[np.ndarray], Cond]  # sample numbers -> what to sample
