@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 def get_config():
   config = ConfigDict()
   config.seed = 0  # of the parameters, the data order, the noise
-  config.mesh = 'data=-1'  # devices that share a batch; -1: all
+  config.mesh = 'data=-1'  # devices that share a batch; -1: all of the job, or of the slice that is planned for
 
   # The mathematics (diffusion_jax/core)
   config.schedule = 'cosine()'  # schedules.py, betas.py: t -> (alpha, sigma); 'discrete(linear_betas(1000))'

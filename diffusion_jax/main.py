@@ -1,7 +1,8 @@
-"""python -m diffusion_jax.main --config=configs/digits.py --workdir=runs/digits [--mode=train|sample|evaluate]
+"""python -m diffusion_jax.main --config=configs/digits.py --workdir=runs/digits [--mode=train|sample|evaluate|plan]
 
 train trains, then samples and evaluates; typed again, it goes on where it stopped. sample and evaluate work from the
-workdir alone. --config.any.field=value overrides a field.
+workdir alone. plan compiles a config for slices of TPUs, --topology=v5e:2x4,v5e:16x16, on a machine without one.
+--config.any.field=value overrides a field.
 """
 import importlib
 import sys
@@ -11,10 +12,11 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-MODES = ('train', 'sample', 'evaluate')
+MODES = ('train', 'sample', 'evaluate', 'plan')
 
 flags.DEFINE_enum('mode', 'train', MODES, 'What to do.')
 flags.DEFINE_string('workdir', None, 'The folder that holds all of a run.', required=True)
+flags.DEFINE_string('topology', None, 'Slices of TPUs to plan for: v5e:2x4 or, several, v5e:2x4,v5e:16x16.')
 config_flags.DEFINE_config_file('config', None, 'A file of configs/; sample and evaluate take that of the workdir.',
                                 lock_config=True)
 
@@ -39,9 +41,12 @@ def main(argv: list[str]) -> None:
   if values.config is None:
     sys.exit(f'ERROR: {workdir} holds no run. Train one first: python -m diffusion_jax.main --config=configs/digits.py '
              f'--workdir={workdir}')
+  if values.topology is not None and values.mode != 'plan':
+    sys.exit(f'ERROR: --topology is for --mode=plan; the mode is {values.mode}.')
+  words = (values.topology,) if values.mode == 'plan' else ()
   job = importlib.import_module(f'diffusion_jax.jobs.{values.mode}')
   try:
-    sys.exit(job.run(values.config, workdir))
+    sys.exit(job.run(values.config, workdir, *words))
   except (ValueError, RuntimeError, FloatingPointError) as error:
     # What this package raises is a sentence for the user; what others raise needs its traceback.
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)

@@ -83,13 +83,16 @@ def commit() -> str:
   return '' if head.returncode else head.stdout.strip() + ('+' if dirty else '')
 
 
+def version(name: str) -> str | None:
+  """The version of an installed package, None where it is not installed."""
+  try:
+    return importlib.metadata.version(name)
+  except importlib.metadata.PackageNotFoundError:
+    return None
+
+
 def environment() -> dict:
   """Versions, commit, devices and command of this process."""
-  def version(name):
-    try:
-      return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-      return None
   return {'commit': commit(), 'command': sys.argv, 'python': platform.python_version(), 'platform': platform.platform(),
           'packages': {name: version(name) for name in PACKAGES}, 'processes': jax.process_count(),
           'devices': [str(device.device_kind) for device in jax.devices()]}

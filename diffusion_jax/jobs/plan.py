@@ -1,0 +1,152 @@
+"""--mode=plan: does a config fit the chips of a TPU slice, and how fast can it be? Compiled on a machine without one."""
+import csv
+import io
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from diffusion_jax.run import Run, batch_shapes, chosen_params, open_run, shared, state_shapes, trace_sampler, trace_step
+from diffusion_jax.runtime import mesh as meshes
+from diffusion_jax.runtime import products, roofline
+from diffusion_jax.runtime.chips import chip
+from diffusion_jax.runtime.logs import say, table
+from diffusion_jax.runtime.topology import open_topology
+from diffusion_jax.runtime.workdir import write_text
+
+SHOWN = 4  # largest tensors on the screen; the files have more
+
+
+def run(config: ConfigDict, workdir: Path, topologies: str | None) -> int:
+  """Plan a config for every slice of a list such as 'v5e:2x4,v5e:16x16'. Returns 1 where a program of it does not fit."""
+  jax.config.update('jax_platforms', 'cpu')  # what is not compiled for a slice runs on the host
+  jax.config.update('jax_enable_compilation_cache', False)  # plans are kept in the workdir, with the time of compiling
+  if not topologies:
+    raise ValueError('A plan is for slices of TPUs: type --topology=v5e:2x4, or several, --topology=v5e:2x4,v5e:16x16')
+  if config.data.classes == -1 and not (workdir / 'config.json').exists():
+    raise ValueError('config.data.classes is -1, as many as the data have, and a plan does not read them: type '
+                     '--config.data.classes=10, or 0 for none.')
+  slices = {name: open_topology(name) for name in topologies.split(',')}
+  open_run(config, workdir, False, next(iter(slices.values())))  # an illegal field shows before anything is written
+  (workdir / 'plan').mkdir(parents=True, exist_ok=True)
+  rows = []
+  for name, scaling, batch, programs in cases(config, slices):
+    config.train.batch = batch
+    this = open_run(config, workdir, False, slices[name])
+    rows += [{'topology': name, 'scaling': scaling, **row} for row in plan(this, name, programs)]
+    write_csv(workdir / 'plan' / 'table.csv', rows)
+  summarise([row for row in rows if row['program'] == 'train' and row['fits']])
+  say(f'\nThe plan is in\n  {workdir / "plan"}')
+  return int(not all(row['fits'] for row in rows))
+
+
+def cases(config: ConfigDict, slices: dict[str, list]) -> Iterator[tuple[str, str, int, tuple[str, ...]]]:
+  """(slice, scaling, batch, programs): the config's batch on every slice, strong scaling, and on those of another size a
+  chip's share on the first slice times the chips, weak scaling. Sampling is planned once a slice."""
+  batch, first = config.train.batch, None
+  for name, devices in slices.items():
+    chips, programs = meshes.make_mesh(config.mesh, devices).size, ('train', 'sample')
+    first = first or chips
+    if batch % chips == 0:
+      yield name, 'as configured' if chips == first else 'strong', batch, programs
+      programs = ('train',)
+    else:
+      say(f'\n{name}: {chips} chips cannot share {batch} examples evenly, so that there is no strong scaling to them.')
+    if chips != first:
+      yield name, 'weak', batch // first * chips, programs
+
+
+def plan(this: Run, topology: str, programs: tuple[str, ...]) -> list[dict]:
+  """Compile the programs, side by side, print what they ask, and return a row of the table for each."""
+  c, chips, state = this.config, this.mesh.size, state_shapes(this)
+  trace = {'train': lambda: trace_step(this, state, batch_shapes(this)), 'sample': lambda: trace_sampler(this)}
+  count = {'train': c.train.batch, 'sample': shared(this, c.sample.batch)}
+  held = {'train': state, 'sample': (chosen_params(this, state), state.extra)}
+  traced = {name: trace[name]() for name in programs}
+  def measure(name):
+    path = this.workdir / 'plan' / f'{topology.replace(":", "_")}_{name}_{count[name]}.json'
+    return roofline.measure(traced[name], topology, chips, path)
+  with ThreadPoolExecutor(len(programs)) as pool:
+    facts = dict(zip(programs, pool.map(measure, programs), strict=True))
+  kind = this.mesh.devices.flat[0].device_kind
+  say(f'\n{topology}: {chips} chips, {kind}; {precision()}')
+  if 'sample' in programs:
+    filled = products.filled(list(products.products(traced['sample'].jaxpr)))
+    say(f'The channels fill {filled:.0%} of a 128 x 128 matrix unit: FLOPs of the network forward, over what they are with '
+        'the channels in and out of each product rounded up to 128.')
+  return [report(name, facts[name], kind, chips, count[name], meshes.shard_bytes(held[name])) for name in programs]
+
+
+def precision() -> str:
+  """How float32 numbers are multiplied."""
+  asked = jax.config.jax_default_matmul_precision
+  return (f'float32 is multiplied with jax_default_matmul_precision={asked}' if asked else
+          "float32 is multiplied in one pass of bfloat16 with float32 sums, JAX's default on a TPU")
+
+
+def report(name: str, facts: dict, kind: str, chips: int, count: int, held: int) -> dict:
+  """Print what a program asks of a chip and what that allows; returns its row."""
+  what = {'train': f'A training step of {count:,} examples', 'sample': f'Sampling {count:,} at once'}[name]
+  row = {'chips': chips, 'program': name, 'batch': count, 'batch_a_chip': count / chips, 'fits': 'refused' not in facts,
+         'compile_seconds': round(facts['compile_seconds'], 1)}
+  if 'refused' in facts:
+    options = roofline.changes(facts, held, count, chips, f'config.{name}.batch')
+    say(f'\n{what} does not fit: {facts["refused"]}')
+    say('\n'.join(['The cheapest changes by which it would, by estimate:', *(f'  {option}' for option in options)]))
+    return row
+  peaks = chip(kind)
+  bound, memory = roofline.bound(facts, peaks), facts['memory']
+  say(f'\n{what} fits: {memory["peak"] / 2**30:.2f} of {peaks.memory / 2**30:.0f} GiB a chip')
+  table(shown(facts, bound, count))
+  return row | {
+      'peak_gib': round(memory['peak'] / 2**30, 3), 'hbm_gib': round(peaks.memory / 2**30, 1),
+      'gflop': round(facts['flops'] / 1e9, 1), 'gb_moved': round(facts['bytes'] / 1e9, 3),
+      'mb_sent': round(sum(each['sent'] for each in facts['collectives'].values()) / 1e6, 1),
+      **{f'{part}_ms': round(getattr(bound, part) * 1e3, 3) for part in ('compute', 'memory', 'links', 'seconds')},
+      'bound_by': bound.by, 'mfu': round(bound.mfu, 4), 'images_per_second': round(count / bound.seconds, 1)}
+
+
+def shown(facts: dict, bound: roofline.Bound, count: int) -> dict[str, str]:
+  """What the screen says of a program that fits."""
+  memory, padding = facts['memory'], facts['padding']
+  mib = lambda size: f'{size / 2**20:,.1f}'
+  sent = [f'{each["count"]} {kind} of {mib(each["bytes"])} MiB, over ICI (one slice)'
+          for kind, each in facts['collectives'].items()]
+  tensors = [f'{mib(each["padded"])} MiB, {each["shape"]}, {each["source"]}' for each in facts['tensors'][:SHOWN]]
+  return {
+      'memory, MiB': f'{mib(memory["arguments"])} arguments ({mib(memory["entries_of_arguments"])} without padding), '
+                     f'{mib(memory["temporaries"])} temporary, {mib(memory["outputs"] - memory["shared"])} new outputs, '
+                     f'{mib(memory["code"])} code',
+      'padding': f'{padding["arguments"]:.0%} of the bytes of arguments, {padding["results"]:.0%} of results: what their '
+                 'tiles hold beside entries, as the compiler laid them out',
+      'FLOPs': f'{facts["flops"] / 1e9:,.1f} G a chip, {facts["products"] / 1e9:,.1f} G by the shapes of the products',
+      'HBM': f'{facts["bytes"] / 1e9:,.2f} GB read and written a chip',
+      'collectives': ', '.join(sent) or 'none',
+      'at least': f'{bound.seconds * 1e3:,.2f} ms, bound by {bound.by}: compute {bound.compute * 1e3:,.2f}, HBM '
+                  f'{bound.memory * 1e3:,.2f}, links {bound.links * 1e3:,.2f} ms',
+      'at most': f'MFU {bound.mfu:.1%}, {count / bound.seconds:,.0f} images/s',
+      'compiled in': f'{facts["compile_seconds"]:.0f} s',
+      **{'largest' if i == 0 else ' ' * i: line for i, line in enumerate(tensors)}}
+
+
+def summarise(rows: list[dict]) -> None:
+  """Print how training scales over several slices: images a second and chip, against the first row's."""
+  if len(rows) < 2:
+    return
+  rate = lambda row: row['images_per_second'] / row['chips']
+  say('\nTraining, at best')
+  table({'': f'{"chips":>6} {"batch":>7} {"a chip":>7} {"ms":>9} {"bound by":>9} {"MFU":>6} {"images/s":>9} {"a chip":>7}',
+         **{f'{row["topology"]}, {row["scaling"]}': f'{row["chips"]:6} {row["batch"]:7} {row["batch_a_chip"]:7g} '
+            f'{row["seconds_ms"]:9.2f} {row["bound_by"]:>9} {row["mfu"]:6.1%} {row["images_per_second"]:9,.0f} '
+            f'{rate(row) / rate(rows[0]):7.0%}' for row in rows}})
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+  """All rows, with every column that one of them has."""
+  file = io.StringIO()
+  writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)), lineterminator='\n')
+  writer.writeheader()
+  writer.writerows(rows)
+  write_text(path, file.getvalue())
