@@ -11,7 +11,9 @@ from typing import NamedTuple
 
 COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'collective-permute')
 UNREAL = ('parameter', 'get-tuple-element', 'tuple', 'bitcast', 'constant', 'while', 'conditional', 'call', 'after-all',
-          'copy-start', 'copy-done', 'async-start', 'async-update', 'async-done')  # their results are others' buffers
+          'copy-start', 'copy-done', 'slice-start', 'slice-done', 'async-start', 'async-update', 'async-done')
+"""Instructions whose results are buffers of others."""
+FETCHES = ('copy-start', 'slice-start', 'async-start')  # of (to, from, flags) or ((from), to, flags); one end often VMEM
 
 _SHAPE = re.compile(r'\b([a-z]+\d*\w*)\[([\d,]*)\](?:\{([\d,]*)(?::([^{}]*))?\})?')
 _HEAD = re.compile(r'^(?:ENTRY )?%?([\w.\-]+) \(.*\{$')
@@ -141,8 +143,9 @@ def moved(text: str) -> int:
   for name in _outer(found):
     sizes = {each.name: [tensor.padded for tensor in _results(each)] for each in found[name]}
     for each in found[name]:
-      if each.opcode in ('copy-start', 'async-start'):  # what it reads stands beside what it writes in its result
-        total += times[name] * sum(sizes[each.name])
+      if each.opcode in FETCHES:
+        ends = list(_shapes(each.shapes))[:2]
+        total += times[name] * ends[1][2] * sum(map(_in_hbm, ends))
       elif each.opcode not in UNREAL:
         operands = re.findall(r'%([\w.\-]+)', each.rest.partition(')')[0])
         total += times[name] * (sum(sizes[each.name]) + sum(sum(sizes.get(operand, ())) for operand in operands))
@@ -166,9 +169,14 @@ def parameters(text: str) -> list[Tensor]:
 
 def _results(each: Instruction) -> Iterator[Tensor]:
   source = re.search(r'op_name="([^"]*)"', each.rest)
-  for shape, size, padded, tiles in _shapes(each.shapes):
-    if not re.search(r'S\([1-9]', tiles):  # VMEM, SMEM and flags are not HBM
-      yield Tensor(shape, size, padded, each.opcode, source[1] if source else each.name)
+  for array in _shapes(each.shapes):
+    if _in_hbm(array):
+      yield Tensor(*array[:3], each.opcode, source[1] if source else each.name)
+
+
+def _in_hbm(array: tuple[str, int, int, str]) -> bool:
+  """VMEM, SMEM and flags are other memory spaces: S(1), S(2), ..."""
+  return not re.search(r'S\([1-9]', array[3])
 
 
 def _shapes(text: str) -> Iterator[tuple[str, int, int, str]]:
