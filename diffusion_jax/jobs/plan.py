@@ -114,7 +114,8 @@ def shown(facts: dict, bound: roofline.Bound, count: int) -> dict[str, str]:
   mib = lambda size: f'{size / 2**20:,.1f}'
   sent = [f'{each["count"]} {kind} of {mib(each["bytes"])} MiB, over ICI (one slice)'
           for kind, each in facts['collectives'].items()]
-  tensors = [f'{mib(each["padded"])} MiB, {each["shape"]}, {each["source"]}' for each in facts['tensors'][:SHOWN]]
+  tensors = [f'{mib(each["padded"])} MiB, {each["shape"]}, {each["source"]}'.replace("\\'", "'")
+             for each in facts['tensors'][:SHOWN]]
   return {
       'memory, MiB': f'{mib(memory["arguments"])} arguments ({mib(memory["entries_of_arguments"])} without padding), '
                      f'{mib(memory["temporaries"])} temporary, {mib(memory["outputs"] - memory["shared"])} new outputs, '

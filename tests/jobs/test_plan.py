@@ -20,6 +20,8 @@ from diffusion_jax.runtime.products import products, total
 from tests.jobs.runs import tiny
 
 NO_LIBTPU = importlib.util.find_spec('libtpu') is None
+REFUSAL = ('RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO '
+           'temporaries (34.00G) exceeds available HBM (15.75G). HLO module: jit_train_step.')  # libtpu 0.0.52
 PEAKS = chips.Chip(flops=1e12, memory=2**30, bandwidth=1e10, links=1e9)
 
 
@@ -64,6 +66,17 @@ def test_a_plan(fake, tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(jax.stages.Lowered, 'compile', None)  # all of it is kept
   assert plan.run(config(), tmp_path, 'v5e:2x4') == 0
   assert capsys.readouterr().out == said
+
+
+def test_a_program_that_does_not_fit_is_said_with_what_would(fake, tmp_path, monkeypatch, capsys):
+  def refuse(lowered):
+    raise jax.errors.JaxRuntimeError(REFUSAL)
+  monkeypatch.setattr(jax.stages.Lowered, 'compile', refuse)
+  assert plan.run(config(), tmp_path, 'v5e:2x4') == 1
+  said = capsys.readouterr().out
+  assert 'A training step of 8 examples does not fit: RESOURCE_EXHAUSTED' in said, said
+  assert '--config.train.batch' not in said  # one example a chip is 34 GiB, and fewer cannot be
+  assert 'chips with more memory: TPU v5 (95 GiB)' in said
 
 
 def test_scaling_over_slices_is_against_the_first(capsys):
@@ -117,9 +130,7 @@ def test_a_roofline_by_hand():
 
 def test_a_program_that_is_refused_names_the_changes():
   """8 chips, 64 examples, 2 GiB held; 34 GiB needed: 4 GiB an example, of which 13.75 GiB take 3."""
-  message = ('RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO '
-             'temporaries (34.00G) exceeds available HBM (15.75G). HLO module: jit_train_step.')
-  facts = roofline._needed(message)
+  facts = roofline._needed(REFUSAL)
   assert facts == {'needed': 34 * 2**30, 'available': 15.75 * 2**30}
   changes = roofline.changes(facts, 2 * 2**30, 64, 8, 'config.train.batch')
   assert changes == ['--config.train.batch=24, which is 3 a chip', '22 chips or more for the same config.train.batch',
