@@ -54,6 +54,7 @@ def fit(this: Run, state: State, checkpoints: Checkpoints, stop: Stop) -> State:
   stream = inputs.to_device(host, this.mesh)
   batch = next(stream)
   step_fn = compile_step(this, state, batch)
+  checkpoints.prepare(state)
   sampler = make_sampler(this, c.transform)
   before = None  # the metrics of the last step, read once the next one is on its way
   with Log(this.workdir, start, c.train.steps, c.log.every, c.train.batch) as log:
