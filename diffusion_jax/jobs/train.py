@@ -60,6 +60,7 @@ def fit(this: Run, state: State, checkpoints: Checkpoints, stop: Stop) -> State:
   with Log(this.workdir, start, c.train.steps, c.log.every, c.train.batch) as log:
     for step in range(start + 1, c.train.steps + 1):
       state, metrics = step_fn(state, batch)
+      stop.look(step)
       if before:
         report(this, log, step - 1, before)
       before = metrics

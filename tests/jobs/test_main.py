@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax.jobs import train
-from tests.jobs.runs import ROOT, command, flags, losses, start, tiny, trained_state
+from tests.jobs.runs import ROOT, command, flags, losses, start, tiny, trained_state, wait_for_step
 
 OFTEN = dict(checkpoint__every=1, train__steps=8)  # a save, or a part of one, at every instant
 
@@ -24,13 +24,6 @@ def equal(workdir, other):
   for a, b in zip(trained_state(tiny(**OFTEN), workdir), trained_state(tiny(**OFTEN), other), strict=True):
     np.testing.assert_array_equal(a, b)
   assert losses(workdir) == losses(other)
-
-
-def wait_for_step(process, step):
-  """Read what the process prints until it has logged `step`, or ends."""
-  for line in process.stdout:
-    if line.startswith(f'step {step}/'):
-      return
 
 
 def killed_run(workdir, kills, seed):
