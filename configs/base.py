@@ -48,6 +48,7 @@ def get_config():
   config.train.drop = 0.1  # probability that an example's condition is dropped
   config.train.ema = (0.999,)  # decays of the moving averages of the parameters; the first is sampled by default
   config.train.nonfinite = 'stop'  # a loss or gradient that is not finite: 'stop', or 'skip' the step and count it
+  config.train.nonfinite_most = 10  # with 'skip': more of such steps in a row than this stop the run
   config.optimizer = ConfigDict()
   config.optimizer.rate = 1e-3  # of AdamW, after the warm-up
   config.optimizer.warmup = 100  # steps
