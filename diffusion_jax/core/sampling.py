@@ -1,4 +1,4 @@
-"""Sampling: walk a solver down a grid. One compiled program, whatever the solver."""
+"""Sampling: walk a solver down a grid, and up again where the grid rises. One compiled program, whatever the solver."""
 import jax
 import numpy as np
 from jax import numpy as jnp
@@ -13,6 +13,7 @@ def sample(keys: Key[Array, 'batch'], process: Process, solver: Solver, denoiser
            shape: PyTree, cond: Cond = None, start: PyTree = None) -> PyTree:
   """Draw one sample a key by walking `solver` from grid[0] to grid[-1].
 
+  Where the grid rises, process.forward adds the noise and the solver starts anew; a solver that `rises` steps up itself.
   `shape` is that of one example (a tuple, or a pytree of jax.ShapeDtypeStruct). `start` is x at grid[0], by default the
   prior. Where the grid ends at 0 the last move is process.reverse, which returns the mean. Returns x at grid[-1].
   """
@@ -55,10 +56,14 @@ def _prepare(keys, process, solver, denoiser, grid, shape, cond, start):
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((len(keys), *leaf.shape), leaf.dtype), shape)
     start = process.prior(prior_keys, like, process.level(grid[0]))
   denoise = lambda x, level: denoiser(x, level, cond)
+  rises = bool(np.any(np.diff(grid) > 0)) and not solver.rises
   def walk(carry, now):
-    number, t, s = now
+    number, *times = now
     x, memory = carry
-    return solver.step(process, denoise, fold(step_keys, number), x, process.level(t), process.level(s), memory)
+    keys, (t, s) = fold(step_keys, number), map(process.level, times)
+    down = lambda: solver.step(process, denoise, keys, x, t, s, memory)
+    up = lambda: (process.forward(keys, x, t, s), solver.init(x))
+    return jax.lax.cond(s.t > t.t, up, down) if rises else down()
   def last(x):
     if grid[-1] != 0:
       return (x,)

@@ -1,7 +1,8 @@
 """Solvers: one move from level t to level s < t, with the denoiser handed in.
 
 `init(x)` makes the memory, a fixed pytree; `step(process, denoise, keys, x, t, s, memory)` returns (x, memory). The last
-move, to t = 0, is not a solver's: sampling makes it by process.reverse. Costs are in calls of the denoiser a step.
+move, to t = 0, is not a solver's: sampling makes it by process.reverse; nor are moves up, but for a solver that `rises`.
+Costs are in calls of the denoiser a step.
 """
 from collections.abc import Callable
 from typing import NamedTuple
@@ -16,17 +17,30 @@ from diffusion_jax.core.types import Level, combine, normal
 
 
 class Solver(NamedTuple):
-  """A sampler: see the module's first lines. `order` is its order of convergence, None if it is stochastic."""
+  """A sampler: see the module's first lines."""
   init: Callable
   step: Callable
-  order: int | None = None
-  calls: int = 1
+  order: int | None = None  # of convergence; None: stochastic
+  calls: int | None = 1  # of the denoiser a step; None: as many as it needs
+  start: int = 0  # calls of the first steps beyond that
+  rises: bool = False  # moves up, s > t, are its own steps; else they are process.forward
 
 
-def ancestral() -> Solver:
-  """Draw from q(xs | xt, x0) at the estimated x0, for any process: DDPM, small variance (arXiv:2006.11239, alg. 2)."""
+def ancestral(variance: str = 'estimate') -> Solver:
+  """Draw from p(xs | xt), which is q(xs | xt, x0) at the estimated x0, for any process: DDPM (arXiv:2006.11239, alg. 2).
+
+  variance 'small' is that of q(xs | xt, x0), 'large' that of q(xt | xs) (sec. 3.2: beta-tilde and beta), 'estimate' what
+  the denoiser says, which is learned (arXiv:2102.09672, eq. 15) or, where it says nothing, small.
+  """
+  fractions = {'estimate': None, 'small': 0.0, 'large': 1.0}
+  if variance not in fractions:
+    raise ValueError(f"ancestral has the variances 'estimate', 'small' and 'large'; got {variance!r}.")
   def step(process, denoise, keys, x, t, s, memory):
-    return process.reverse(keys, denoise(x, t), x, t, s), memory
+    estimate = denoise(x, t)
+    if variance != 'estimate':
+      full = jax.tree.map(lambda leaf: jnp.full_like(leaf, fractions[variance]), estimate.x0)
+      estimate = estimate._replace(variance=full if variance == 'large' else None)
+    return process.reverse(keys, estimate, x, t, s), memory
   return Solver(no_memory, step)
 
 
@@ -47,6 +61,30 @@ def ddim(eta: float = 0.0) -> Solver:
   return Solver(no_memory, step, order=1 if eta == 0 else None)
 
 
+def euler_ancestral(eta: float = 1.0) -> Solver:
+  """Euler's method in sigma / alpha to less noise, and fresh noise (k-diffusion): `ddim(eta)` by another name."""
+  return ddim(eta)
+
+
+def ddim_inverse(iterations: int = 1) -> Solver:
+  """The inverse of a step of DDIM: `ddim`'s with the noise that the denoiser sees not at x but where the step ends, found
+  by iterating from x itself (arXiv:2010.02502, sec. 4.3; iterated, arXiv:2309.04907). Order 1, `iterations` calls.
+
+  For a grid that rises, grid[::-1], with start=x0: with enough iterations `ddim` leads back exactly. One iteration is what
+  diffusers does.
+  """
+  if iterations < 1:
+    raise ValueError(f'ddim_inverse needs iterations >= 1; got {iterations}.')
+  def step(process, denoise, keys, x, t, s, memory):
+    there = x
+    for _ in range(iterations):
+      x0 = denoise(there, s).x0
+      from_data = combine((s.alpha / t.alpha, x), (s.sigma - s.alpha * t.sigma / t.alpha, noise_of(s, there, x0)))
+      there = jax.tree.map(lambda *both: jnp.where(t.alpha > t.sigma, *both), from_data, transfer(x, x0, t, s))
+    return there, memory
+  return Solver(no_memory, step, order=1, calls=iterations, rises=True)
+
+
 def euler() -> Solver:
   """One step of Euler's method for the probability-flow ODE in t (arXiv:2011.13456, eq. 13). Order 1."""
   def step(process, denoise, keys, x, t, s, memory):
@@ -62,26 +100,6 @@ def heun() -> Solver:
     half = 0.5 * (s.t - t.t)
     return combine((1.0, x), (half, first), (half, drift(process, denoise, ahead, s))), memory
   return Solver(no_memory, step, order=2, calls=2)
-
-
-def dpm_2m(eta: float = 0.0) -> Solver:
-  """DPM-Solver++(2M): x0 extrapolated over half the step in log(alpha / sigma) (arXiv:2211.01095, alg. 2). Order 2.
-
-  eta > 0 is SDE-DPM-Solver++(2M) (app. D; k-diffusion's 'midpoint'): a move to less noise, and fresh noise (`renoise`). The
-  first step, and one that follows a step from alpha = 0, is of first order.
-  """
-  check_eta('dpm_2m', eta)
-  def init(x):
-    return jax.tree.map(jnp.zeros_like, x), jnp.full((), jnp.inf)
-  def step(process, denoise, keys, x, t, s, memory):
-    before, width_before = memory
-    x0 = denoise(x, t).x0
-    width = 0.5 * (s.logsnr - t.logsnr)
-    ratio = jnp.where(jnp.isinf(width_before), 0.0, 0.5 * width / width_before)
-    ahead = combine((1 + ratio, x0), (-ratio, before))
-    down = below(t, s, eta)
-    return renoise(keys, transfer(x, ahead, t, down), down, s), (x0, width)
-  return Solver(init, step, order=2 if eta == 0 else None)
 
 
 def no_memory(x: PyTree) -> tuple:
@@ -100,10 +118,15 @@ def stretch(t: Level, s: Level) -> Array:
   return jnp.where(t.alpha > 0, s.sigma - s.alpha * t.sigma / jnp.where(t.alpha > 0, t.alpha, 1.0), 0.0)
 
 
-def below(t: Level, s: Level, eta: float) -> Level:
+def is_ode(eta: float | Array) -> bool:
+  """Whether a scale of the SDE's noise, a number or one that depends on time, is 0 for good."""
+  return isinstance(eta, float) and eta == 0
+
+
+def below(t: Level, s: Level, eta: float | Array) -> Level:
   """The level at alpha_s with sigma_s e^(-eta h), h the step in log(alpha / sigma), to which an SDE solver moves before it
   adds noise; with eta = 1 what it adds has the variance of q(xs | xt, x0) (arXiv:2211.01095, app. D)."""
-  if eta == 0:
+  if is_ode(eta):
     return s
   return s._replace(sigma=s.sigma * (t.alpha * s.sigma / (s.alpha * t.sigma))**eta)
 
