@@ -101,21 +101,24 @@ def unipc(order: int = 3, variant: str = 'vary') -> Solver:
   The coefficients solve the full linear system (their eq. 5; UniPC_v), where B(h) drops out. The variants 'b1', B = h, and
   'b2', B = e^h - 1, differ from 'vary' where two predictions are known: there they take a half (app. F).
   """
-  if variant not in B:
-    raise ValueError(f'unipc has the variants {", ".join(B)}; got {variant!r}.')
+  _check_variant('unipc', variant)
   return _corrected('unipc', order, order + 1, lambda t: 0.0, B[variant])
 
 
-def sa_solver(predictor: int = 3, corrector: int = 4, tau: float = 1.0, during: tuple[float, float] = (0.0, 1.0)) -> Solver:
+def sa_solver(predictor: int = 3, corrector: int = 4, tau: float = 1.0, during: tuple[float, float] = (0.0, 1.0),
+              variant: str = 'vary') -> Solver:
   """SA-Solver: stochastic Adams' predictor and corrector of x0 over log(alpha / sigma) (arXiv:2309.05019, eq. 14 and 17).
 
   `predictor` and `corrector` count predictions, the corrector's the new one too; corrector 0 is none. tau scales the noise
-  of the SDE while t is in `during`: 0 is the ODE, 1 the reverse SDE. One call a step.
+  of the SDE while t is in `during`: 0 is the ODE, 1 the reverse SDE. One call a step. `variant` is that of `unipc`; with
+  'b1' it has the extra term of diffusers at order 2.
   """
   if tau < 0 or not 0 <= during[0] < during[1] <= 1:
     raise ValueError(f'sa_solver needs tau >= 0 and during=(low, high), 0 <= low < high <= 1; got {tau}, {during}.')
+  _check_variant('sa_solver', variant)
   inside = lambda t: (during[0] <= t) & (t <= during[1])
-  return _corrected('sa_solver', predictor, corrector, lambda t: jnp.where(inside(t), tau**2, 0.0) if tau else 0.0)
+  return _corrected('sa_solver', predictor, corrector, lambda t: jnp.where(inside(t), tau**2, 0.0) if tau else 0.0,
+                    B[variant])
 
 
 def ipndm(order: int = 4) -> Solver:
@@ -284,6 +287,11 @@ def _ratio_slope(process, t: Array) -> Array:
   alpha, sigma = process.schedule(t)
   alpha_slope, sigma_slope = process.slopes(t)
   return (sigma_slope * alpha - sigma * alpha_slope) / alpha**2
+
+
+def _check_variant(name: str, variant: str) -> None:
+  if variant not in B:
+    raise ValueError(f'{name} has the variants {", ".join(B)}; got {variant!r}.')
 
 
 def _check_order(name: str, order: int) -> None:

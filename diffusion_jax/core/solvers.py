@@ -70,8 +70,8 @@ def ddim_inverse(iterations: int = 1) -> Solver:
   """The inverse of a step of DDIM: `ddim`'s with the noise that the denoiser sees not at x but where the step ends, found
   by iterating from x itself (arXiv:2010.02502, sec. 4.3; iterated, arXiv:2309.04907). Order 1, `iterations` calls.
 
-  For a grid that rises, grid[::-1], with start=x0: with enough iterations `ddim` leads back exactly. One iteration is what
-  diffusers does.
+  For a grid that rises, grid[::-1], with start=x0: with enough iterations `ddim` leads back exactly. One is what diffusers
+  does while alpha > sigma; above, x0 is iterated in place of the noise, which is better conditioned.
   """
   if iterations < 1:
     raise ValueError(f'ddim_inverse needs iterations >= 1; got {iterations}.')

@@ -43,11 +43,6 @@ def noisy(solver, eta):
   return singlestep._ancestral('noisy', move, eta)
 
 
-def sa_half(tau_at):
-  """sa_solver(2, 2) with the extra term of diffusers' order 2, which is UniPC's B(h) = h."""
-  return multistep._corrected('sa_solver', 2, 2, tau_at, multistep.B['b1'])
-
-
 clip = lambda estimate: estimate._replace(x0=jnp.clip(estimate.x0, -1, 1))
 VARIANCE = (np.array(RUNS['diffusers/DDPM/learned_range/leading']['variance']) + 1) / 2  # of [-1, 1]
 learned = lambda estimate: estimate._replace(variance=jnp.broadcast_to(VARIANCE, estimate.x0.shape))
@@ -75,9 +70,9 @@ ON_LEVELS = {  # rows that read nothing but the two levels of a step, so that on
   'sa_solver(3, 3, 0)': multistep.sa_solver(3, 3, 0.0),
   'sa_solver(3, 3)': multistep.sa_solver(3, 3),
   'sa_solver(3, 4)': multistep.sa_solver(3, 4),
-  'sa_half(0)': sa_half(lambda t: 0.0),
-  'sa_half(1)': sa_half(jnp.ones_like),
-  'sa_half(during)': sa_half(lambda t: jnp.where((0.2005 < t) & (t < 0.8015), 1.0, 0.0)),  # timesteps 200 to 800
+  'sa_solver(2, 2, 0, b1)': multistep.sa_solver(2, 2, 0.0, variant='b1'),
+  'sa_solver(2, 2, 1, b1)': multistep.sa_solver(2, 2, variant='b1'),
+  'sa_solver(during)': multistep.sa_solver(2, 2, 1.0, (0.2005, 0.8015), 'b1'),  # timesteps 200 to 800
   'ipndm': multistep.ipndm(),
   'pndm(heun)': multistep.pndm('heun'),
 }
@@ -198,11 +193,11 @@ PEERS = {  # by the first pattern that fits a run's name
   'diffusers/UniPCMultistep/*': row('unipc(2, b2)'),
   'diffusers/SASolver/noise_prediction/*': Peer((), IN_NOISE),
   'diffusers/SASolver/data_prediction/*1/*': Peer((), 'Its corrector takes the new prediction alone.'),
-  'diffusers/SASolver/data_prediction/2/0.0': Peer(('sa_half(0)',), LOWERS, slice(-1)),
-  'diffusers/SASolver/data_prediction/2/1.0': Peer(('sa_half(1)',), LOWERS, slice(-1)),
-  'diffusers/SASolver/v': Peer(('sa_half(1)',), LOWERS, slice(-1)),
-  'diffusers/SASolver/default': Peer(('sa_half(during)',), LOWERS, slice(-1)),
-  'diffusers/SASolver/flow': row('sa_half(0)'),
+  'diffusers/SASolver/data_prediction/2/0.0': Peer(('sa_solver(2, 2, 0, b1)',), LOWERS, slice(-1)),
+  'diffusers/SASolver/data_prediction/2/1.0': Peer(('sa_solver(2, 2, 1, b1)',), LOWERS, slice(-1)),
+  'diffusers/SASolver/v': Peer(('sa_solver(2, 2, 1, b1)',), LOWERS, slice(-1)),
+  'diffusers/SASolver/default': Peer(('sa_solver(during)',), LOWERS, slice(-1)),
+  'diffusers/SASolver/flow': row('sa_solver(2, 2, 0, b1)'),
   'diffusers/SASolver/data_prediction/3/0.0': Peer(('sa_solver(3, 3, 0)',), EXTRA, slice(2, -2)),
   'diffusers/SASolver/data_prediction/3/1.0': Peer(('sa_solver(3, 3)',), EXTRA, slice(2, -2)),
   'diffusers/SASolver/data_prediction/3_4/1.0': Peer(('sa_solver(3, 4)',), EXTRA, slice(2, -2)),
