@@ -10,8 +10,8 @@ import jax
 from jax import numpy as jnp
 from jaxtyping import Array, PyTree
 
-from diffusion_jax.core.guidance import add_score, dot, energy, ratio, widened
-from diffusion_jax.core.types import Transform, combine, spread
+from diffusion_jax.core.guidance import add_score, energy, ratio, widened
+from diffusion_jax.core.types import Transform, combine, dot, spread
 
 ROUNDS = 500  # of conjugate gradients at most; they end before where the residual is rounding
 

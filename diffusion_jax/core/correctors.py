@@ -23,13 +23,15 @@ def churn(solver: Solver, amount: float = 40.0, steps: int = 64, during: tuple[f
     raise ValueError('churn needs amount >= 0, steps >= 1, during=(low, high) with 0 <= low < high, and noise >= 0; got '
                      f'{amount}, {steps}, {during}, {noise}.')
   gamma = min(amount / steps, 2**0.5 - 1)
+  if gamma == 0:
+    return solver
   def step(process, denoise, keys, x, t, s, memory):
     fresh, rest = split(keys, 2)
     ratio = jnp.exp(-0.5 * t.logsnr)
     churned = (during[0] <= ratio) & (ratio <= during[1])
-    higher = process.level_at(jnp.where(churned, t.logsnr, 0.0) - 2 * jnp.log1p(gamma))
+    higher = process.level_at(t.logsnr - 2 * jnp.log1p(gamma))
     higher = jax.tree.map(lambda a, b: jnp.where(churned, a, b), higher, t)
-    still = combine((higher.alpha / jnp.where(churned, t.alpha, higher.alpha), x))
+    still = combine((higher.alpha / t.alpha, x))
     there = combine((noise, process.forward(fresh, x, t, higher)), (1 - noise, still))
     there = jax.tree.map(lambda a, b: jnp.where(churned, a, b), there, x)
     return solver.step(process, denoise, rest, there, higher, s, memory)
@@ -56,5 +58,6 @@ def langevin(solver: Solver, corrections: int = 1, snr: float = 0.16) -> Solver:
 
 
 def _check_memory(name: str, solver: Solver) -> None:
-  if solver.init is not no_memory:
-    raise ValueError(f'{name} needs a solver that remembers nothing, such as heun(); the one it got has a memory.')
+  if solver.init is not no_memory or solver.rises:
+    what = 'moves up' if solver.rises else 'has a memory'
+    raise ValueError(f'{name} needs a solver that remembers nothing and moves down, such as heun(); the one it got {what}.')

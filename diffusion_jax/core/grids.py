@@ -109,6 +109,8 @@ def jumps(grid: Grid, length: int = 10, repeats: int = 10) -> Grid:
     raise ValueError(f'jumps needs length >= 1 and repeats >= 1; got {length}, {repeats}.')
   def jumping(schedule):
     times, way = grid(schedule), []
+    if repeats > 1 and length > len(times) - 2:
+      raise ValueError(f'jumps of {length} steps do not fit into the {len(times) - 2} steps of this grid before its last.')
     for place, time in enumerate(times):
       way.append(time)
       if place >= length and (len(times) - 2 - place) % length == 0:  # the last is the time before 0

@@ -12,7 +12,7 @@ import jax
 from jax import numpy as jnp
 from jaxtyping import Array, PyTree
 
-from diffusion_jax.core.types import Cond, Denoiser, Estimate, Level, Transform, combine, spread
+from diffusion_jax.core.types import Cond, Denoiser, Estimate, Level, Transform, combine, dot, spread
 
 
 def guide(weight: float, during: tuple[float, float] = (0.0, 1.0), negative: dict | None = None) -> Transform:
@@ -52,8 +52,8 @@ def cfg_zero(weight: float, still: float = 0.0, during: tuple[float, float] = (0
   the schedule, so this serves all of a Gaussian. While t > 1 - still the velocity is 0 (the paper's zero-init), that is,
   x0 = x / (alpha + sigma). Raises ValueError as `guide` does and where still is not in [0, 1).
   """
-  if not 0 <= still < 1:
-    raise ValueError(f'cfg_zero needs 0 <= still < 1; got {still}.')
+  if not 0 <= still < 1 or still and during[1] <= 1 - still:
+    raise ValueError(f'cfg_zero needs 0 <= still < 1, and guidance during t > 1 - still; got {still} and {during}.')
   def rule(x, level, given, null):
     on_path = combine((1 / (level.alpha + level.sigma), x))
     to_given, to_null = (combine((1.0, on_path), (-1.0, x0)) for x0 in (given, null))  # velocities times the flow's time
@@ -234,11 +234,6 @@ def extrapolate(weight: float, given: PyTree, null: PyTree) -> PyTree:
 def component(x: PyTree, along: PyTree) -> PyTree:
   """The part of x that is parallel to `along`, example by example; 0 along 0."""
   return combine((ratio(dot(x, along), dot(along, along), 0.0), along))
-
-
-def dot(x: PyTree, y: PyTree) -> Array:
-  """The sum of x y over all entries of an example, [B]."""
-  return sum(jax.tree.leaves(jax.tree.map(lambda a, b: jnp.sum((a * b).reshape(len(a), -1), 1), x, y)))
 
 
 def ratio(a: Array | float, b: Array, otherwise: float) -> Array:

@@ -4,7 +4,7 @@ Each is the first-order move `transfer`, which takes the newest prediction for t
 integral of the polynomial's other part: exact for the linear part of the ODE (exponential integrators, arXiv:2204.13902).
 With r = sigma / alpha and l = -log r the two forms are
   d(x / alpha) / dr = noise(r)   and   d(x / sigma) / dl = e^l x0(l).
-A prediction made at alpha = 0, where r is infinite, is not remembered; the first steps are of lower order.
+A prediction whose clock is infinite, as r and l are at alpha = 0, is not remembered; the first steps are of lower order.
 """
 from collections.abc import Callable
 from typing import NamedTuple
@@ -43,7 +43,7 @@ class Space(NamedTuple):
   clock: Callable
   measure: Callable
   scale: Callable
-  stretch: float | Array = 1.0  # of a step in the exponent of the measure
+  pace: float | Array = 1.0  # of a step in the exponent of the measure
 
 
 NOISE_OVER_RATIO = Space(
@@ -145,7 +145,7 @@ def pndm(start: str = 'rk') -> Solver:
     known = jnp.sum(~jnp.isnan(history.clocks))
     noise = jax.lax.cond(known <= steps, lambda: begin(process, denoise, x, x0, t, s), lambda: _even(history))
     return with_noise(x, x0, t, s, noise), history
-  return Solver(lambda x: empty(x, 4), step, order=2, start=calls)
+  return Solver(lambda x: empty(x, 4), step, order=2, more=calls)
 
 
 EVEN = [[1], [3 / 2, -1 / 2], [23 / 12, -16 / 12, 5 / 12], [55 / 24, -59 / 24, 37 / 24, -9 / 24]]
@@ -183,7 +183,7 @@ def _runge_kutta(process, denoise, x, x0, t, s):
   return combine((1 / 6, first), (1 / 3, second), (1 / 3, third), (1 / 6, stage(third, s)))
 
 
-def _adams(name: str, order: int, space: Space, eta: float = 0.0, middle: Callable | None = None) -> Solver:
+def _adams(name: str, order: int, space: Space, eta: float = 0.0, b: Callable | None = None) -> Solver:
   """The explicit multistep method of this order in a space; for eta > 0, of x0 over its logarithm, that of the SDE."""
   _check_order(name, order)
   check_eta(name, eta)
@@ -192,12 +192,12 @@ def _adams(name: str, order: int, space: Space, eta: float = 0.0, middle: Callab
     x0 = denoise(x, t).x0
     history = push(memory, space.value(x, x0, t), space.clock(t), order)
     down = below(t, s, eta)
-    moved = advance(process, space, transfer(x, x0, t, down), t, s, history, 0, middle)
-    return renoise(keys, moved, down, s), history
+    moved = advance(process, space, transfer(x, x0, t, down), t, s, history, 0, b)
+    return renoise(process, keys, moved, down, s), history
   return Solver(lambda x: empty(x, order), step, order=order if eta == 0 else None)
 
 
-def _corrected(name: str, predictor: int, corrector: int, eta_at: Callable, middle: Callable | None = None) -> Solver:
+def _corrected(name: str, predictor: int, corrector: int, eta_at: Callable, b: Callable | None = None) -> Solver:
   """Adams' method with x corrected, as soon as the denoiser has answered at it, by the polynomial through that answer and
   `corrector` - 1 of those before; the SDE's noise stays. eta_at(t) is 0.0 for the ODE."""
   _check_order(name, predictor)
@@ -213,7 +213,7 @@ def _corrected(name: str, predictor: int, corrector: int, eta_at: Callable, midd
     newest = jax.tree.map(lambda leaf: leaf[0], history.values)
     first = transfer(memory.x, newest, start, below(start, t, eta))
     answered = push(history, x0, space.clock(t), corrector)
-    corrected = advance(process, space, first, start, t, answered, 1, middle)
+    corrected = advance(process, space, first, start, t, answered, 1, b)
     corrected = corrected if ode else combine((1.0, corrected), (1.0, memory.noise))
     known = ~jnp.isnan(history.clocks[0])
     return jax.tree.map(lambda a, b: jnp.where(known, a, b), corrected, x)
@@ -222,10 +222,10 @@ def _corrected(name: str, predictor: int, corrector: int, eta_at: Callable, midd
     x = correct(process, x, x0, t, memory) if corrector else x
     space, down = _stochastic(DATA_OVER_LOG, eta), below(t, s, eta)
     history = push(memory.history, x0, space.clock(t), size)
-    moved = advance(process, space, transfer(x, x0, t, down), t, s, last(history, predictor), 0, middle)
-    there = renoise(keys, moved, down, s)
+    moved = advance(process, space, transfer(x, x0, t, down), t, s, last(history, predictor), 0, b)
+    there = renoise(process, keys, moved, down, s)
     return there, Place(history, x, t, () if ode else combine((1.0, there), (-1.0, moved)))
-  order = max(predictor, min(corrector, predictor + 1))
+  order = min(corrector, predictor + 1) if corrector else predictor
   return Solver(init, step, order=order if ode else None)
 
 
@@ -233,7 +233,7 @@ def _stochastic(space: Space, eta: float | Array) -> Space:
   """A space of x0 over its logarithm under the kernel of the SDE."""
   if is_ode(eta):
     return space
-  return space._replace(measure=lambda process, u, end: (1 + eta) * jnp.exp((1 + eta) * (u - end)), stretch=1 + eta)
+  return space._replace(measure=lambda process, u, end: (1 + eta) * jnp.exp((1 + eta) * (u - end)), pace=1 + eta)
 
 
 def empty(x: PyTree, count: int) -> History:
@@ -254,10 +254,10 @@ def last(history: History, count: int) -> History:
 
 
 def advance(process, space: Space, first: PyTree, t: Level, s: Level, history: History, own: int,
-            middle: Callable | None = None) -> PyTree:
+            b: Callable | None = None) -> PyTree:
   """The first-order move from t to s, corrected by the polynomial through the history, whose number `own` is made at t.
 
-  With `middle`, a B(h) of UniPC, a line through two predictions is not integrated: it counts B / 2 at the step's end.
+  With `b`, a B(h) of UniPC, a line through two predictions is not integrated: it counts B / 2 at the step's end.
   """
   start, end = space.clock(t), space.clock(s)
   known = jnp.isfinite(start) & jnp.isfinite(end)
@@ -266,9 +266,9 @@ def advance(process, space: Space, first: PyTree, t: Level, s: Level, history: H
   nodes = jnp.where(present, history.clocks, 0.0)
   u, weights = start + (end - start) * jnp.asarray(NODES, start.dtype), (end - start) * jnp.asarray(WEIGHTS, start.dtype)
   shares = (weights * space.measure(process, u, end)) @ _basis(u, nodes, present)
-  if middle:
+  if b:
     place = jnp.where(nodes == start, 1.0, (nodes - start) / (end - start))
-    shares = jnp.where(present.sum() == 2, -0.5 * middle(space.stretch * (start - end)) / place, shares)
+    shares = jnp.where(present.sum() == 2, -0.5 * b(space.pace * (start - end)) / place, shares)
   shares = jnp.where(present, shares, 0.0) * space.scale(s)
   change = lambda base, stack: base + jnp.tensordot(shares.astype(stack.dtype), stack - stack[own][None], 1)
   return jax.tree.map(change, first, history.values)

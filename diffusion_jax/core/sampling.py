@@ -31,7 +31,8 @@ def trajectory(keys: Key[Array, 'batch'], process: Process, solver: Solver, deno
   walk, x, last = _prepare(keys, process, solver, denoiser, grid, shape, cond, start)
   def keep(carry, now):
     estimate = denoiser(carry[0], process.level(now[1]), cond)
-    return walk(carry, now), (carry[0], estimate.x0)
+    x0 = jax.tree.map(lambda a, b: jnp.where(now[1] == 0, b, a), estimate.x0, carry[0]) if grid[0] == 0 else estimate.x0
+    return walk(carry, now), (carry[0], x0)
   (x, _), (xs, x0s) = jax.lax.scan(keep, (x, solver.init(x)), _pairs(grid))
   end, *estimate = last(x)
   append = lambda stack, *more: jax.tree.map(lambda a, *b: jnp.concatenate([a, *(each[None] for each in b)]), stack, *more)
@@ -47,8 +48,12 @@ def _pairs(grid: np.ndarray) -> tuple[Array, Array, Array]:
 
 def _prepare(keys, process, solver, denoiser, grid, shape, cond, start):
   """The solver's move, x at grid[0], and the last move: x -> (x at grid[-1], estimate of x0 if it took one)."""
-  if len(grid) < 2 or np.any(np.diff(grid) == 0) or np.min(grid) < 0 or np.max(grid) > 1:
-    raise ValueError(f'A grid has two or more times in [0, 1], each unlike the one before; got {np.asarray(grid)}.')
+  times = np.asarray(grid, jnp.result_type(float))
+  if len(times) < 2 or np.any(np.diff(times) == 0) or np.min(times) < 0 or np.max(times) > 1 or np.any(times[1:-1] == 0):
+    raise ValueError('A grid has two or more times in [0, 1], each unlike the one before, and 0 at its ends alone; got '
+                     f'{times}.')
+  if start is None and times[0] == 0:
+    raise ValueError('A grid that begins at the data, t = 0, needs start=x0; got none.')
   prior_keys, step_keys, last_keys = split(keys, 3)
   if start is None:
     if isinstance(shape, tuple) and all(isinstance(size, int) for size in shape):

@@ -4,6 +4,7 @@
 move, to t = 0, is not a solver's: sampling makes it by process.reverse; nor are moves up, but for a solver that `rises`.
 Costs are in calls of the denoiser a step.
 """
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,9 +12,9 @@ import jax
 from jax import numpy as jnp
 from jaxtyping import Array, PyTree
 
-from diffusion_jax.core.processes import Gaussian, posterior_share
+from diffusion_jax.core.processes import Gaussian
 from diffusion_jax.core.targets import noise_of
-from diffusion_jax.core.types import Level, combine, normal
+from diffusion_jax.core.types import Level, combine
 
 
 class Solver(NamedTuple):
@@ -22,24 +23,23 @@ class Solver(NamedTuple):
   step: Callable
   order: int | None = None  # of convergence; None: stochastic
   calls: int | None = 1  # of the denoiser a step; None: as many as it needs
-  start: int = 0  # calls of the first steps beyond that
+  more: int = 0  # calls of the first steps beyond that
   rises: bool = False  # moves up, s > t, are its own steps; else they are process.forward
 
 
 def ancestral(variance: str = 'estimate') -> Solver:
   """Draw from p(xs | xt), which is q(xs | xt, x0) at the estimated x0, for any process: DDPM (arXiv:2006.11239, alg. 2).
 
-  variance 'small' is that of q(xs | xt, x0), 'large' that of q(xt | xs) (sec. 3.2: beta-tilde and beta), 'estimate' what
-  the denoiser says, which is learned (arXiv:2102.09672, eq. 15) or, where it says nothing, small.
+  For a Gaussian the variance 'small' is that of q(xs | xt, x0), 'large' that of q(xt | xs) (sec. 3.2: beta-tilde and beta),
+  'estimate' what the denoiser says, which is learned (arXiv:2102.09672, eq. 15) or, where it says nothing, small.
   """
-  fractions = {'estimate': None, 'small': 0.0, 'large': 1.0}
-  if variance not in fractions:
+  if variance not in ('estimate', 'small', 'large'):
     raise ValueError(f"ancestral has the variances 'estimate', 'small' and 'large'; got {variance!r}.")
   def step(process, denoise, keys, x, t, s, memory):
     estimate = denoise(x, t)
     if variance != 'estimate':
-      full = jax.tree.map(lambda leaf: jnp.full_like(leaf, fractions[variance]), estimate.x0)
-      estimate = estimate._replace(variance=full if variance == 'large' else None)
+      largest = jax.tree.map(jnp.ones_like, estimate.x0)
+      estimate = estimate._replace(variance=largest if variance == 'large' else None)
     return process.reverse(keys, estimate, x, t, s), memory
   return Solver(no_memory, step)
 
@@ -49,21 +49,12 @@ def ddim(eta: float = 0.0) -> Solver:
 
   eta = 0 is deterministic and of order 1, eta = 1 has the law of `ancestral`.
   """
-  if not 0 <= eta <= 1:
-    raise ValueError(f'ddim needs 0 <= eta <= 1; got {eta}.')
-  def step(process, denoise, keys, x, t, s, memory):
-    x0 = denoise(x, t).x0
-    if eta == 0:
-      return transfer(x, x0, t, s), memory
-    variance = (eta * s.sigma)**2 * posterior_share(t, s)
-    kept = jnp.sqrt(jnp.maximum(s.sigma**2 - variance, 0))
-    return combine((s.alpha, x0), (kept, noise_of(t, x, x0)), (jnp.sqrt(variance), normal(keys, x))), memory
-  return Solver(no_memory, step, order=1 if eta == 0 else None)
+  return ancestral_form('ddim', first_order, eta, order=1)
 
 
 def euler_ancestral(eta: float = 1.0) -> Solver:
   """Euler's method in sigma / alpha to less noise, and fresh noise (k-diffusion): `ddim(eta)` by another name."""
-  return ddim(eta)
+  return ancestral_form('euler_ancestral', first_order, eta, order=1)
 
 
 def ddim_inverse(iterations: int = 1) -> Solver:
@@ -113,6 +104,11 @@ def transfer(x: PyTree, x0: PyTree, t: Level, s: Level) -> PyTree:
   return combine((ratio, x), (s.alpha - ratio * t.alpha, x0))
 
 
+def first_order(process, denoise, x, x0, t, s):
+  """`transfer` as a move of `ancestral_form`."""
+  return transfer(x, x0, t, s)
+
+
 def stretch(t: Level, s: Level) -> Array:
   """alpha_s (sigma_s / alpha_s - sigma_t / alpha_t), by which a change of the noise moves xs; 0 from pure noise."""
   return jnp.where(t.alpha > 0, s.sigma - s.alpha * t.sigma / jnp.where(t.alpha > 0, t.alpha, 1.0), 0.0)
@@ -120,7 +116,7 @@ def stretch(t: Level, s: Level) -> Array:
 
 def is_ode(eta: float | Array) -> bool:
   """Whether a scale of the SDE's noise, a number or one that depends on time, is 0 for good."""
-  return isinstance(eta, float) and eta == 0
+  return not isinstance(eta, jax.Array) and eta == 0
 
 
 def below(t: Level, s: Level, eta: float | Array) -> Level:
@@ -131,9 +127,9 @@ def below(t: Level, s: Level, eta: float | Array) -> Level:
   return s._replace(sigma=s.sigma * (t.alpha * s.sigma / (s.alpha * t.sigma))**eta)
 
 
-def renoise(keys, x: PyTree, down: Level, s: Level) -> PyTree:
+def renoise(process: Gaussian, keys, x: PyTree, down: Level, s: Level) -> PyTree:
   """x at the level `down`, with fresh noise up to sigma_s."""
-  return x if down is s else add_noise(x, down, s, normal(keys, x))
+  return x if down is s else add_noise(x, down, s, process.noise(keys, x))
 
 
 def add_noise(x: PyTree, down: Level, s: Level, noise: PyTree) -> PyTree:
@@ -141,9 +137,25 @@ def add_noise(x: PyTree, down: Level, s: Level, noise: PyTree) -> PyTree:
   return combine((1.0, x), (jnp.sqrt(jnp.maximum(s.sigma**2 - down.sigma**2, 0)), noise))
 
 
-def check_eta(name: str, eta: float) -> None:
-  if eta < 0:
-    raise ValueError(f'{name} needs eta >= 0; got {eta}.')
+def ancestral_form(name: str, move: Callable, eta: float, order: int, calls: int = 1):
+  """The solver that makes move(process, denoise, x, x0, t, s); for eta > 0 to a level of less noise, and then adds noise of
+  variance eta^2 Var q(xs | xt, x0)."""
+  check_eta(name, eta, most=1.0)
+  def step(process, denoise, keys, x, t, s, memory):
+    x0, down = denoise(x, t).x0, s if is_ode(eta) else ancestral_level(t, s, eta)
+    return renoise(process, keys, move(process, denoise, x, x0, t, down), down, s), memory
+  return Solver(no_memory, step, order=order if is_ode(eta) else None, calls=calls)
+
+
+def ancestral_level(t: Level, s: Level, eta: float) -> Level:
+  """The level of less noise at alpha_s from which fresh noise of variance eta^2 Var q(xs | xt, x0) leads up to s."""
+  ratio = t.alpha * s.sigma / (s.alpha * t.sigma)
+  return s._replace(sigma=s.sigma * jnp.sqrt(1 - eta**2 + (eta * ratio)**2))
+
+
+def check_eta(name: str, eta: float, most: float = math.inf) -> None:
+  if not 0 <= eta <= most:
+    raise ValueError(f'{name} needs 0 <= eta{"" if most == math.inf else f" <= {most:g}"}; got {eta}.')
 
 
 def drift(process: Gaussian, denoise: Callable, x: PyTree, t: Level) -> PyTree:

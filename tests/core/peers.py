@@ -37,12 +37,6 @@ def told(solver, change):
   return solver._replace(step=step)
 
 
-def noisy(solver, eta):
-  """k-diffusion's ancestral form of a solver without a memory: its step to less noise, and fresh noise."""
-  move = lambda process, denoise, x, x0, t, s: solver.step(process, denoise, None, x, t, s, ())[0]
-  return singlestep._ancestral('noisy', move, eta)
-
-
 clip = lambda estimate: estimate._replace(x0=jnp.clip(estimate.x0, -1, 1))
 VARIANCE = (np.array(RUNS['diffusers/DDPM/learned_range/leading']['variance']) + 1) / 2  # of [-1, 1]
 learned = lambda estimate: estimate._replace(variance=jnp.broadcast_to(VARIANCE, estimate.x0.shape))
@@ -91,7 +85,7 @@ ON_SCHEDULES = {
   'dpm_sde(0.6, 0.4)': singlestep.dpm_sde(0.6, 0.4),
   'dpm_solver(2)': singlestep.dpm_solver(2),
   'dpm_solver(3)': singlestep.dpm_solver(3),
-  'noisy(dpm_solver(3))': noisy(singlestep.dpm_solver(3), 0.7),
+  'dpm_solver(3, 0.7)': singlestep.dpm_solver(3, 0.7),
   'pndm': multistep.pndm(),
 }
 OWN_END = ('lms', 'pndm', 'ipndm')
@@ -141,10 +135,10 @@ PEERS = {  # by the first pattern that fits a run's name
   'k_diffusion/dpmpp_sde/eta/*': row('dpm_sde(0.6, 0.4)'),
   'k_diffusion/dpmpp_sde/ode/*': row('dpm_2s'),
   'k_diffusion/dpmpp_sde/*': row('dpm_sde'),
-  'k_diffusion/dpm_fast/10/eta': Peer(('', '', 'noisy(dpm_solver(3))'), 'Its last step adds no noise.'),
+  'k_diffusion/dpm_fast/10/eta': Peer(('', '', 'dpm_solver(3, 0.7)'), 'Its last step adds no noise.'),
   'k_diffusion/dpm_fast/*': row('ddim', 'dpm_solver(2)', 'dpm_solver(3)'),
   'k_diffusion/dpm_adaptive/2': row('dpm_solver(2)'),
-  'k_diffusion/dpm_adaptive/3/eta': Peer(('noisy(dpm_solver(3))',), 'Its last step adds no noise.', slice(-1)),
+  'k_diffusion/dpm_adaptive/3/eta': Peer(('dpm_solver(3, 0.7)',), 'Its last step adds no noise.', slice(-1)),
   'k_diffusion/dpm_adaptive/*': row('dpm_solver(3)'),
   'diffusers/DDPM/fixed_large/linspace': row('ancestral(large)'),
   'diffusers/DDPM/*fixed_large/*': Peer(('ancestral(large)',), LAST_NOISE, slice(-1)),

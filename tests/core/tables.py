@@ -231,6 +231,7 @@ MULTISTEP = {
   'sa_solver': multistep.sa_solver(),
   'sa_solver(during)': multistep.sa_solver(2, 2, 0.7, (0.2, 0.8)),
   'sa_solver(ode)': multistep.sa_solver(2, 3, 0.0),
+  'sa_solver(3, 2)': multistep.sa_solver(3, 2, 0.0),
   'ipndm': multistep.ipndm(),
   'pndm': multistep.pndm(),
   'pndm(heun)': multistep.pndm('heun'),

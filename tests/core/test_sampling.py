@@ -106,10 +106,10 @@ def test_one_trace_serves_every_call():
   assert len(traces) == count and np.abs(first - second).max() > 1e-3
 
 
-@pytest.mark.parametrize('grid', [[1.0], [], [1.0, 0.5, 0.5, 0.0], [1.0, -0.1], [1.1, 0.0]])
+@pytest.mark.parametrize('grid', [[1.0], [], [1.0, 0.5, 0.5, 0.0], [1.0, -0.1], [1.1, 0.0], [1.0, 0.5, 0.0, 0.5, 0.0]])
 @pytest.mark.parametrize('function', [sampling.sample, sampling.trajectory])
 def test_bad_grids_are_errors(function, grid):
-  with pytest.raises(ValueError, match=r'A grid has two or more times in \[0, 1\], each unlike the one before; got \['):
+  with pytest.raises(ValueError, match=r'A grid has two or more times in \[0, 1\], each unlike the one before, and 0 at'):
     function(keys(2), PROCESS, SOLVERS['ddim'], DENOISE, np.array(grid), (2,))
 
 
@@ -128,3 +128,12 @@ def test_after_a_rise_the_solver_starts_anew():
   solver = solvers.Solver(lambda x: jnp.zeros(()), step)
   x = sampling.sample(keys(2), PROCESS, solver, DENOISE, np.array([0.9, 0.7, 0.5, 0.8, 0.6, 0.4, 0.2]), ())
   np.testing.assert_array_equal(x, [3, 3])
+
+
+def test_a_grid_from_the_data_needs_the_data():
+  with pytest.raises(ValueError, match=r'A grid that begins at the data, t = 0, needs start=x0; got none.'):
+    sampling.sample(keys(2), PROCESS, SOLVERS['ddim_inverse'], DENOISE, np.linspace(0, 1, 5), (2,))
+  start = jnp.ones((2, 2))
+  xs, x0s = sampling.trajectory(keys(2), PROCESS, SOLVERS['ddim_inverse'], DENOISE, np.linspace(0, 1, 5), (2,), start=start)
+  assert np.isfinite(xs).all() and np.isfinite(x0s).all()
+  np.testing.assert_array_equal(x0s[0], start)

@@ -9,7 +9,7 @@ from jax import numpy as jnp
 from scipy import integrate, stats
 
 from diffusion_jax.core import correctors, multistep, sampling, singlestep, solvers
-from diffusion_jax.core.processes import Gaussian
+from diffusion_jax.core.processes import Gaussian, centred
 from diffusion_jax.core.solvers import Solver
 from diffusion_jax.core.types import Estimate, Level
 from tests.core.tables import (
@@ -237,7 +237,7 @@ def test_the_first_steps_are_finite_and_call_the_denoiser_as_often_as_stated(sol
       x, memory = step(which, x, t, s, memory)
       assert np.isfinite(x).all()
   jax.effects_barrier()
-  assert len(calls) == 2 * (4 * solver.calls + solver.start) if solver.calls else len(calls) > 8
+  assert len(calls) == 2 * (4 * solver.calls + solver.more) if solver.calls else len(calls) > 8
 
 
 @over('solver', ROWS)
@@ -276,6 +276,25 @@ def test_the_two_step_memory_is_the_paper_s():
     expected = times[i] / times[i - 1] * expected - (1 - times[i]) * np.expm1(-h[i]) * d
     x, memory = solver.step(process, denoise, keys(1), x, process.level(times[i - 1]), process.level(times[i]), memory)
     close(x, np.array([expected], np.float32), atol=1e-5)
+
+
+@over('solver', {name: solver for name, solver in {**STOCHASTIC, **ROWS}.items() if name != 'ancestral(large)'})
+def test_clouds_stay_centred(solver):
+  """All noise is projected, so that nothing leaves the subspace in which the centre is 0."""
+  process, x = Gaussian(SCHEDULES['flow'], centred), jnp.arange(12.0).reshape(2, 3, 2)
+  x = x - x.mean(1, keepdims=True)
+  step = solver.step(process, lambda x, level: Estimate(0.5 * x), keys(2), x, process.level(0.8), process.level(0.6),
+                     solver.init(x))[0]
+  np.testing.assert_allclose(step.mean(1), 0, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', ['dpm2(1)', 'dpm_2s(1)', 'ddim(1)'])
+def test_a_level_of_less_noise_is_never_none(name):
+  """Where alpha_t is tiny the fresh noise is nearly all of sigma_s; the rest must not cancel to 0."""
+  process, called = Gaussian(SCHEDULES['flow']), []
+  denoise = lambda x, level: called.append(float(level.sigma)) or Estimate(0.5 * x)
+  x = ALL_SOLVERS[name].step(process, denoise, keys(2), jnp.ones((2, 2)), process.level(0.99999), process.level(0.5), ())[0]
+  assert np.isfinite(x).all() and min(called) > 0
 
 
 def test_eta_is_a_share():
