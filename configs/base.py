@@ -19,9 +19,9 @@ def get_config():
   config.times = 'stratified()'  # times.py: the law of the training times
   config.weight = 'constant()'  # weights.py: w(logsnr) of a regression, stated for space = 'noise()'
   config.uncertainty = ''  # weights.py: 'uncertainty(128)' learns a weight of its own beside it; '': none
-  config.solver = 'ddim()'  # solvers.py
-  config.grid = 'uniform(64)'  # grids.py: the times that sampling visits
-  config.transform = 'clip(1.0)'  # guidance.py: 'guide(2.0) | clip(1.0)', applied from left to right
+  config.solver = 'ddim()'  # solvers.py, singlestep.py, multistep.py, correctors.py: 'unipc(3)', 'churn(heun(), 40.0, 64)'
+  config.grid = 'uniform(64)'  # grids.py: the times that sampling visits; 'restart(uniform(32))' rises on its way
+  config.transform = 'clip(1.0)'  # guidance.py, constraints.py: 'guide(2.0) | clip(1.0)', applied from left to right
 
   # The network (diffusion_jax/networks)
   config.network = 'UNet(channels=32, multipliers=(1, 2), blocks=1, attention=(False, False))'
@@ -48,6 +48,7 @@ def get_config():
   config.train.drop = 0.1  # probability that an example's condition is dropped
   config.train.ema = (0.999,)  # decays of the moving averages of the parameters; the first is sampled by default
   config.train.nonfinite = 'stop'  # a loss or gradient that is not finite: 'stop', or 'skip' the step and count it
+  config.train.nonfinite_most = 10  # with 'skip': more of such steps in a row than this stop the run
   config.optimizer = ConfigDict()
   config.optimizer.rate = 1e-3  # of AdamW, after the warm-up
   config.optimizer.warmup = 100  # steps

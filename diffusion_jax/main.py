@@ -17,6 +17,9 @@ MODES = ('train', 'sample', 'evaluate', 'plan')
 flags.DEFINE_enum('mode', 'train', MODES, 'What to do.')
 flags.DEFINE_string('workdir', None, 'The folder that holds all of a run.', required=True)
 flags.DEFINE_string('topology', None, 'Slices of TPUs to plan for: v5e:2x4 or, several, v5e:2x4,v5e:16x16.')
+flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0, where no cluster is detected that says so.')
+flags.DEFINE_integer('processes', None, 'How many processes the job has; 1: this one, whatever is detected.')
+flags.DEFINE_integer('process', None, 'The number of this process, from 0.')
 config_flags.DEFINE_config_file('config', None, 'A file of configs/; sample and evaluate take that of the workdir.',
                                 lock_config=True)
 
@@ -44,8 +47,10 @@ def main(argv: list[str]) -> None:
   if values.topology is not None and values.mode != 'plan':
     sys.exit(f'ERROR: --topology is for --mode=plan; the mode is {values.mode}.')
   words = (values.topology,) if values.mode == 'plan' else ()
-  job = importlib.import_module(f'diffusion_jax.jobs.{values.mode}')
+  from diffusion_jax.runtime import processes  # late, as the job: --help shall not wait for JAX
   try:
+    processes.start(values.coordinator, values.processes, values.process)
+    job = importlib.import_module(f'diffusion_jax.jobs.{values.mode}')
     sys.exit(job.run(values.config, workdir, *words))
   except (ValueError, RuntimeError, FloatingPointError) as error:
     # What this package raises is a sentence for the user; what others raise needs its traceback.

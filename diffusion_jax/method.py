@@ -14,6 +14,8 @@ from diffusion_jax.build import build, rows
 from diffusion_jax.core import (
   betas,
   bounds,
+  constraints,
+  correctors,
   grids,
   guidance,
   likelihood,
@@ -40,7 +42,8 @@ from diffusion_jax.tasks.task import Task
 
 NETWORKS = {'UNet': unet.UNet}
 SCHEDULES = {**rows(schedules, Schedule), **rows(schedules, Learned), **rows(betas, Schedule), **rows(betas, betas.Betas)}
-SOLVERS = {**rows(solvers, Solver), **rows(singlestep, Solver), **rows(multistep, Solver)}
+SOLVERS = {**rows(solvers, Solver), **rows(singlestep, Solver), **rows(multistep, Solver), **rows(correctors, Solver)}
+TRANSFORMS = {**rows(guidance, Transform), **rows(constraints, Transform)}
 TIMES = {**rows(times, Times), **rows(times, Adaptive)}
 
 
@@ -137,7 +140,7 @@ def make_sampling(config: ConfigDict, transform: str) -> Sampling:
   times = np.asarray(grid(_no_schedule if isinstance(schedule, Learned) else schedule))
   targets.check_grid(Gaussian(_first(schedule)), _target(config), times, f'config.target {config.target!r}')
   return Sampling(_build(config, 'solver', SOLVERS), times,
-                  build(transform, rows(guidance, Transform), join=guidance.chain))
+                  build(transform, TRANSFORMS, join=guidance.chain))
 
 
 def make_likelihood(config: ConfigDict) -> tuple[likelihood.Trace, ode.Integrator]:

@@ -54,6 +54,8 @@ def open_run(config: ConfigDict, workdir: Path, read: bool, devices: Sequence[ja
       raise ValueError(f'config.evaluate.{name} is {config.evaluate[name]}; legal are 0, for none, and 2 or more.')
   if config.train.nonfinite not in ('stop', 'skip'):
     raise ValueError(f"config.train.nonfinite is {config.train.nonfinite!r}; legal are 'stop' and 'skip'.")
+  if config.train.nonfinite_most < 0:
+    raise ValueError(f'config.train.nonfinite_most is {config.train.nonfinite_most}; it must be 0 or more.')
   config = config.copy_and_resolve_references()
   if not read and config.data.classes == -1:
     config.data.classes = load_config(workdir).data.classes  # what the data had

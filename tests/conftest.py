@@ -6,8 +6,12 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 # Eight devices; and programs that are compiled fast rather than well, because the suite compiles more than it computes.
 _flags = ' --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0'
 os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + _flags
-_cache = tempfile.TemporaryDirectory(prefix='diffusion_jax_tests_')
-os.environ['XDG_CACHE_HOME'] = _cache.name  # compiled programs of this suite, shared with the processes that it starts
+# Compiled programs are shared by the workers of a run and the processes that they start: half of them are alike. A folder
+# in JAX_COMPILATION_CACHE_DIR keeps them for the next run.
+if 'PYTEST_XDIST_WORKER' not in os.environ:
+  _cache = tempfile.TemporaryDirectory(prefix='diffusion_jax_tests_')
+  os.environ['XDG_CACHE_HOME'] = _cache.name
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', os.path.join(os.environ['XDG_CACHE_HOME'], 'compiled'))
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 
 import jax  # noqa: E402

@@ -54,6 +54,41 @@ class Gaussian:
       x, alpha * np.asarray(self.mean), alpha**2 * np.asarray(self.covariance) + sigma**2 * identity)
     return _each(one, x, level)
 
+  def tilted(self, b):
+    """The law in proportion to p(x0) exp(b x0)."""
+    return Gaussian(np.asarray(self.mean) + np.asarray(self.covariance) @ b, self.covariance)
+
+  def given(self, see, y, std=0.0):
+    """The law of x0 given y = see x0 + std noise, with see [k, d] and y [k]."""
+    see, covariance = np.asarray(see), np.asarray(self.covariance)
+    gain = np.linalg.solve(see @ covariance @ see.T + std**2 * np.eye(len(see)), see @ covariance).T
+    return Gaussian(self.mean + gain @ (np.asarray(y) - see @ self.mean), covariance - gain @ see @ covariance)
+
+  def walk(self, process, grid, constrain=lambda gain, offset, alpha, sigma: (gain, offset), eta=1.0):
+    """The law at the end of a walk of ddim(eta), which for eta = 1 is `ancestral`, from noise down and up a grid to 0, when
+    `constrain` makes of x0hat = gain xt + offset another affine function of xt. Every step keeps the law normal."""
+    with jax.enable_x64(True):
+      level = process.level(np.asarray(grid, np.float64))
+      alphas, sigmas = np.asarray(level.alpha), np.asarray(level.sigma)
+    identity = np.eye(len(self.mean))
+    mean, covariance = np.zeros(len(self.mean)), sigmas[0]**2 * identity
+    for (a, b), (n, m) in zip(_neighbours(alphas), _neighbours(sigmas), strict=True):
+      if b < a:  # up: xt ~ N(c xs, m^2 - c^2 n^2)
+        c = b / a
+        mean, covariance = c * mean, c**2 * covariance + (m**2 - (c * n)**2) * identity
+        continue
+      spread = a**2 * np.asarray(self.covariance) + n**2 * identity
+      gain = a * np.linalg.solve(spread, np.asarray(self.covariance)).T
+      gain, offset = constrain(gain, self.mean - a * gain @ self.mean, a, n)
+      fresh = 0.0
+      if m > 0:  # the precisions of q(xs | x0) and q(xt | xs) add
+        fresh = eta**2 / (1 / m**2 + (a / b)**2 / (n**2 - (a / b * m)**2))
+      kept = np.sqrt(max(m**2 - fresh, 0.0)) / n
+      move = b * gain + kept * (identity - a * gain)
+      mean = move @ mean + (b - kept * a) * offset
+      covariance = move @ covariance @ move.T + fresh * identity
+    return Gaussian(mean, covariance)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Mixture:
@@ -184,6 +219,41 @@ def _likelihood(process, x, level, classes):
   if isinstance(process, Masked):
     return jnp.where((x == classes)[..., None], 1.0, same)
   return spread(level.alpha, same) * same + spread((1 - level.alpha) / classes, same)
+
+
+def affine(see, y, push):
+  """For Gaussian.walk: the estimate e becomes e + P (y - see e), P = push(gain, alpha, sigma); see [k, d], y [k]."""
+  see, y = np.asarray(see), np.asarray(y)
+  def constrain(gain, offset, alpha, sigma):
+    pushed = push(gain, alpha, sigma)
+    return gain - pushed @ see @ gain, offset + pushed @ (y - see @ offset)
+  return constrain
+
+
+def affine_ddnm(see, y):
+  """The nearest estimate that agrees; with rows of the identity for `see` it is replacement."""
+  return affine(see, y, lambda gain, alpha, sigma: np.linalg.pinv(see))
+
+
+def affine_dps(see, y, std, scale=1.0):
+  """A score with scale grad log N(y; see x0hat, std^2) added; nothing at alpha = 0."""
+  by = lambda gain, alpha, sigma: scale / std**2 * sigma**2 / alpha * gain.T @ np.asarray(see).T
+  none = np.zeros(np.shape(see)[::-1])
+  return affine(see, y, lambda gain, alpha, sigma: by(gain, alpha, sigma) if alpha > 0 else none)
+
+
+def affine_pigdm(see, y, std, data_std):
+  """A score with grad log p(y | xt) added for x0 given xt ~ N(x0hat, r2), where the precisions of data and xt add."""
+  see = np.asarray(see)
+  def push(gain, alpha, sigma):
+    r2 = 1 / (1 / data_std**2 + (alpha / sigma)**2)
+    precision = np.linalg.inv(r2 * see @ see.T + std**2 * np.eye(len(see)))
+    return (sigma**2 / alpha * gain.T if alpha > 0 else r2 * np.eye(see.shape[1])) @ see.T @ precision
+  return affine(see, y, push)
+
+
+def _neighbours(values):
+  return list(zip(values[:-1], values[1:], strict=True))
 
 
 def _each(function: Callable, x, *levels):

@@ -6,6 +6,8 @@ from diffusion_jax import build
 from diffusion_jax.core import (
   betas,
   bounds,
+  constraints,
+  correctors,
   grids,
   guidance,
   likelihood,
@@ -17,6 +19,7 @@ from diffusion_jax.core import (
   solvers,
   targets,
   times,
+  unmasking,
   weights,
 )
 from diffusion_jax.core.types import Learned, Schedule, Transform
@@ -34,11 +37,12 @@ TABLE = {
   '`weight`': [(weights, weights.Weight)],
   '`uncertainty`': [(weights, Learned)],
   '`grid`': [(grids, grids.Grid)],
-  '`transform`, joined by <code>&#124;</code>': [(guidance, Transform)],
-  '`solver`': [(solvers, solvers.Solver), (singlestep, solvers.Solver), (multistep, solvers.Solver)],
+  '`transform`, joined by <code>&#124;</code>': [(guidance, Transform), (constraints, Transform)],
+  '`solver`': [(module, solvers.Solver) for module in (solvers, singlestep, multistep, correctors)],
   '`evaluate.integrator`': [(ode, ode.Integrator)],
   '`evaluate.trace`': [(likelihood, likelihood.Trace)],
   'in Python: dequantizers': [(likelihood, likelihood.Dequantizer)],
+  'in Python: solvers of tokens': [(unmasking, solvers.Solver)],
 }
 CLASSES = {'in Python: processes': {'processes': ['Gaussian', 'Product'], 'tokens': ['Masked', 'Uniform']}}
 

@@ -15,7 +15,8 @@ ORDER = [{'build', 'core'}, {'networks', 'metrics', 'runtime'}, {'pretrained'}, 
          {'run', 'pictures'}, {'jobs'}, {'main'}]
 RANK = {part: rank for rank, line in enumerate(ORDER) for part in line}
 CORE = ['types', 'schedules', 'betas', 'processes', 'tokens', 'targets', 'times', 'grids', 'weights', 'losses', 'bounds',
-        'guidance', 'solvers', 'singlestep', 'multistep', 'sampling', 'ode', 'likelihood']
+        'guidance', 'constraints', 'ode', 'solvers', 'singlestep', 'multistep', 'correctors', 'unmasking', 'sampling',
+        'likelihood']
 
 
 def imports(path, body=None):

@@ -1,4 +1,7 @@
-"""Grids: the times that a sampler visits, from noise down to data. A grid is a numpy array [steps + 1] that ends at 0."""
+"""Grids: the times that a sampler visits, from noise down to data. A grid is a numpy array [steps + 1] that ends at 0.
+
+Where a grid rises on its way, sampling adds noise (process.forward).
+"""
 from collections.abc import Callable
 
 import jax
@@ -97,6 +100,38 @@ def shift(grid: Grid, factor: float) -> Grid:
 def dimension_shift(grid: Grid, size: int, base: int = 4096) -> Grid:
   """`shift` by sqrt(size / base) for examples of `size` numbers (schedules.dimension_factor)."""
   return shift(grid, schedules.dimension_factor(size, base))
+
+
+def jumps(grid: Grid, length: int = 10, repeats: int = 10) -> Grid:
+  """RePaint's way down another grid: after every `length` steps as many back up, in one move, and down again, until each
+  stretch was walked `repeats` times (arXiv:2201.09865, app. B); 1 changes nothing. About `repeats` times the steps."""
+  if length < 1 or repeats < 1:
+    raise ValueError(f'jumps needs length >= 1 and repeats >= 1; got {length}, {repeats}.')
+  def jumping(schedule):
+    times, way = grid(schedule), []
+    if repeats > 1 and length > len(times) - 2:
+      raise ValueError(f'jumps of {length} steps do not fit into the {len(times) - 2} steps of this grid before its last.')
+    for place, time in enumerate(times):
+      way.append(time)
+      if place >= length and (len(times) - 2 - place) % length == 0:  # the last is the time before 0
+        way += [*times[place - length:place + 1]] * (repeats - 1)
+    return np.array(way)
+  return jumping
+
+
+def restart(grid: Grid, low: float = 0.2, high: float = 0.5, steps: int = 4, repeats: int = 2) -> Grid:
+  """Restart sampling: at the time of another grid that is nearest `low` noise up to `high` and back in `steps` even steps,
+  `repeats` times (arXiv:2306.14878, alg. 1). `repeats` * `steps` steps more."""
+  if not 0 < low < high <= 1 or steps < 1 or repeats < 0:
+    raise ValueError('restart needs 0 < low < high <= 1, steps >= 1 and repeats >= 0; got '
+                     f'{low}, {high}, {steps}, {repeats}.')
+  def restarting(schedule):
+    times = grid(schedule)
+    place = int(np.argmin(np.abs(times - low)))
+    if not 0 < times[place] < high:
+      raise ValueError(f'restart finds no time of the grid near low={low} to go up from; its times are {times}.')
+    return np.concatenate([times[:place + 1], *[np.linspace(high, times[place], steps + 1)] * repeats, times[place + 1:]])
+  return restarting
 
 
 def _warped(steps: int, t_max: float, warp: Callable[[np.ndarray], np.ndarray]) -> Grid:

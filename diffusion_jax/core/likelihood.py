@@ -16,7 +16,7 @@ from jaxtyping import Array, Int, Key, PyTree
 from diffusion_jax.core import ode, schedules
 from diffusion_jax.core.ode import Integrator
 from diffusion_jax.core.processes import Gaussian, whole
-from diffusion_jax.core.types import Cond, Denoiser, combine, fold, normal, split
+from diffusion_jax.core.types import Cond, Denoiser, combine, dot, fold, normal, split
 
 
 class Likelihood(NamedTuple):
@@ -91,14 +91,14 @@ def log_density(process: Gaussian, denoiser: Denoiser, keys: Key[Array, 'batch']
     rate, derivative = jax.linearize(drift, z)
     def along(i):
       e = process.project(trace.direction(keys, z, i))
-      return _dot(e, derivative(e))
+      return dot(e, derivative(e))
     traces = jax.lax.map(along, probes)  # [count, B]
     return rate, (traces.sum(0, keepdims=True) if trace.exact else traces).T
 
   gained = jnp.zeros((len(keys), 1 if trace.exact else len(probes)), jax.tree.leaves(z)[0].dtype)
   (z, gained), calls = integrator(slope, (z, gained), start, end)
   std = jnp.sqrt(data_share(-end))  # sigma / sqrt(alpha^2 + sigma^2)
-  squares, rank = _dot(z, z) / std**2, _rank(process, x0)
+  squares, rank = dot(z, z) / std**2, _rank(process, x0)
   prior = -0.5 * squares - rank * (jnp.log(std) + 0.5 * jnp.log(2 * jnp.pi))
   return Likelihood(prior[:, None] + gained + 0.5 * rank * jnp.log(data_share(start)), z, calls)
 
@@ -152,11 +152,6 @@ def summary(values: Array) -> Summary:
   return Summary(values.mean(), error, inner)
 
 
-def _dot(a: PyTree, b: PyTree) -> Array:
-  """The inner product of every example, [B]."""
-  return sum(jnp.sum((x * y).reshape(len(x), -1), 1) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
-
-
 def _first(x: PyTree) -> PyTree:
   """The first example."""
   return jax.tree.map(lambda leaf: leaf[0], x)
@@ -169,5 +164,5 @@ def _rank(process: Gaussian, x0: PyTree) -> Array | int:
     return basis.count(one)
   def share(i):
     e = basis.direction(None, one, i)
-    return _dot(e, process.project(e))[0]
+    return dot(e, process.project(e))[0]
   return jax.lax.map(share, jnp.arange(basis.count(one))).sum()

@@ -1,4 +1,4 @@
-"""Integrators of dx/du = f(u, x) for pytrees x with a leading batch axis; u is one number, the same for all rows.
+"""Integrators of dx/du = f(u, x) for pytrees x with a leading batch axis; u is one number for all rows, or one a row.
 
 An integrator is a function (f, x, start, end) -> (x at end, calls of f).
 """
@@ -9,7 +9,7 @@ import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Array, PyTree
 
-from diffusion_jax.core.types import combine
+from diffusion_jax.core.types import combine, spread
 
 Integrator = Callable[[Callable[[Array, PyTree], PyTree], PyTree, Array, Array], tuple[PyTree, Array]]
 
@@ -46,17 +46,17 @@ def fixed(steps: int = 100) -> Integrator:
 
 
 def adaptive(rtol: float = 1e-5, atol: float = 1e-5, most: int = 10_000) -> Integrator:
-  """Dormand and Prince's pair of orders 5 and 4 with the step so chosen that the worst row of the batch keeps to it.
+  """Dormand and Prince's pair of orders 5 and 4, every row of the batch with steps of its own: f gets u [B].
 
-  All rows take the same steps, so that within the tolerance a row depends on its batch. A row's error is the root mean
-  square of error / (atol + rtol max(|x|, |x_new|)); a step is taken where it is at most 1 (Hairer, Norsett, Wanner,
-  Solving ODEs I, sec. II.4). After `most` steps, taken or not, or where the step is so small that it no longer moves u, x
-  is NaN rather than unfinished.
+  A row's error is the root mean square of error / (atol + rtol max(|x|, |x_new|)); a step is taken where it is at most 1
+  (Hairer, Norsett, Wanner, Solving ODEs I, sec. II.4). A row that has arrived stands still until all have: the calls are
+  those of the slowest. One that has not after `most` steps, taken or not, or whose step no longer moves u, is NaN.
   """
   if rtol < 0 or atol < 0 or rtol + atol == 0 or most < 1:
     raise ValueError(f'adaptive needs rtol, atol >= 0, not both 0, and most >= 1; got {rtol}, {atol}, {most}.')
   def integrate(f, x, start, end):
-    start, end = jnp.asarray(start, jnp.result_type(float)), jnp.asarray(end, jnp.result_type(float))
+    rows = jax.tree.leaves(x)[0].shape[0]
+    start, end = (jnp.broadcast_to(jnp.asarray(each, jnp.result_type(float)), (rows,)) for each in (start, end))
     def attempt(state):
       u, h, x, slope, count = state
       h = jnp.where(jnp.abs(h) < jnp.abs(end - u), h, end - u)
@@ -66,19 +66,19 @@ def adaptive(rtol: float = 1e-5, atol: float = 1e-5, most: int = 10_000) -> Inte
         ahead = combine((1.0, x), (h, _mix(share, jax.tree.map(lambda leaf: leaf[:-1], slopes))))
         return (_put(slopes, number, f(u + node * h, ahead)), ahead), None
       slopes = jax.tree.map(lambda leaf: jnp.zeros((len(ERROR), *leaf.shape), leaf.dtype), slope)
-      rows = jnp.arange(1, len(ERROR)), jnp.asarray(NODES), jnp.asarray(STAGES)
-      (slopes, ahead), _ = jax.lax.scan(stage, (_put(slopes, 0, slope), x), rows)
-      size = _worst(combine((h, _mix(jnp.asarray(ERROR), slopes))), x, ahead, rtol, atol)
+      stages = jnp.arange(1, len(ERROR)), jnp.asarray(NODES), jnp.asarray(STAGES)
+      (slopes, ahead), _ = jax.lax.scan(stage, (_put(slopes, 0, slope), x), stages)
+      size = _size(combine((h, _mix(jnp.asarray(ERROR), slopes))), x, ahead, rtol, atol)
       taken = size <= 1  # False for NaN, which then makes the step smaller
       factor = jnp.where(jnp.isfinite(size), jnp.clip(0.9 * jnp.maximum(size, 1e-10)**-0.2, 0.2, 5.0), 0.2)
-      keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(taken, a, b), new, old)
+      keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(spread(taken, a), a, b), new, old)
       last = jnp.abs(h) >= jnp.abs(end - u)
       u = jnp.where(taken, jnp.where(last, end, u + h), u)
       return u, h * factor, keep(ahead, x), keep(jax.tree.map(lambda leaf: leaf[-1], slopes), slope), count + 1
-    unfinished = lambda state: (state[0] != end) & (state[4] < most) & (state[0] + state[1] != state[0])
+    unfinished = lambda state: ((state[0] != end) & (state[0] + state[1] != state[0])).any() & (state[4] < most)
     state = (start, (end - start) / 100, x, f(start, x), jnp.asarray(0))
     u, _, x, _, count = jax.lax.while_loop(unfinished, attempt, state)
-    return jax.tree.map(lambda leaf: jnp.where(u == end, leaf, jnp.nan), x), 1 + 6 * count
+    return jax.tree.map(lambda leaf: jnp.where(spread(u == end, leaf), leaf, jnp.nan), x), 1 + 6 * count
   return integrate
 
 
@@ -91,9 +91,9 @@ def _mix(shares: Array, slopes: PyTree) -> PyTree:
   return jax.tree.map(lambda leaf: jnp.tensordot(shares, leaf, 1), slopes)
 
 
-def _worst(wrong: PyTree, x: PyTree, ahead: PyTree, rtol: float, atol: float) -> Array:
-  """The largest row of the root mean square of the scaled error."""
+def _size(wrong: PyTree, x: PyTree, ahead: PyTree, rtol: float, atol: float) -> Array:
+  """The root mean square of the scaled error of every row, [B]."""
   scale = lambda e, a, b: jnp.square(e / (atol + rtol * jnp.maximum(jnp.abs(a), jnp.abs(b))))
   squares = jax.tree.leaves(jax.tree.map(scale, wrong, x, ahead))
   total = sum(leaf.reshape(len(leaf), -1).sum(1) for leaf in squares)
-  return jnp.sqrt(total / sum(np.prod(leaf.shape[1:], dtype=int) for leaf in squares)).max()
+  return jnp.sqrt(total / sum(np.prod(leaf.shape[1:], dtype=int) for leaf in squares))

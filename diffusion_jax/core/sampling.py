@@ -1,4 +1,4 @@
-"""Sampling: walk a solver down a grid. One compiled program, whatever the solver."""
+"""Sampling: walk a solver down a grid, and up again where the grid rises. One compiled program, whatever the solver."""
 import jax
 import numpy as np
 from jax import numpy as jnp
@@ -13,6 +13,7 @@ def sample(keys: Key[Array, 'batch'], process: Process, solver: Solver, denoiser
            shape: PyTree, cond: Cond = None, start: PyTree = None) -> PyTree:
   """Draw one sample a key by walking `solver` from grid[0] to grid[-1].
 
+  Where the grid rises, process.forward adds the noise and the solver starts anew; a solver that `rises` steps up itself.
   `shape` is that of one example (a tuple, or a pytree of jax.ShapeDtypeStruct). `start` is x at grid[0], by default the
   prior. Where the grid ends at 0 the last move is process.reverse, which returns the mean. Returns x at grid[-1].
   """
@@ -30,7 +31,8 @@ def trajectory(keys: Key[Array, 'batch'], process: Process, solver: Solver, deno
   walk, x, last = _prepare(keys, process, solver, denoiser, grid, shape, cond, start)
   def keep(carry, now):
     estimate = denoiser(carry[0], process.level(now[1]), cond)
-    return walk(carry, now), (carry[0], estimate.x0)
+    x0 = jax.tree.map(lambda a, b: jnp.where(now[1] == 0, b, a), estimate.x0, carry[0]) if grid[0] == 0 else estimate.x0
+    return walk(carry, now), (carry[0], x0)
   (x, _), (xs, x0s) = jax.lax.scan(keep, (x, solver.init(x)), _pairs(grid))
   end, *estimate = last(x)
   append = lambda stack, *more: jax.tree.map(lambda a, *b: jnp.concatenate([a, *(each[None] for each in b)]), stack, *more)
@@ -46,8 +48,12 @@ def _pairs(grid: np.ndarray) -> tuple[Array, Array, Array]:
 
 def _prepare(keys, process, solver, denoiser, grid, shape, cond, start):
   """The solver's move, x at grid[0], and the last move: x -> (x at grid[-1], estimate of x0 if it took one)."""
-  if len(grid) < 2 or np.any(np.diff(grid) == 0) or np.min(grid) < 0 or np.max(grid) > 1:
-    raise ValueError(f'A grid has two or more times in [0, 1], each unlike the one before; got {np.asarray(grid)}.')
+  times = np.asarray(grid, jnp.result_type(float))
+  if len(times) < 2 or np.any(np.diff(times) == 0) or np.min(times) < 0 or np.max(times) > 1 or np.any(times[1:-1] == 0):
+    raise ValueError('A grid has two or more times in [0, 1], each unlike the one before, and 0 at its ends alone; got '
+                     f'{times}.')
+  if start is None and times[0] == 0:
+    raise ValueError('A grid that begins at the data, t = 0, needs start=x0; got none.')
   prior_keys, step_keys, last_keys = split(keys, 3)
   if start is None:
     if isinstance(shape, tuple) and all(isinstance(size, int) for size in shape):
@@ -55,10 +61,14 @@ def _prepare(keys, process, solver, denoiser, grid, shape, cond, start):
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((len(keys), *leaf.shape), leaf.dtype), shape)
     start = process.prior(prior_keys, like, process.level(grid[0]))
   denoise = lambda x, level: denoiser(x, level, cond)
+  rises = bool(np.any(np.diff(grid) > 0)) and not solver.rises
   def walk(carry, now):
-    number, t, s = now
+    number, *times = now
     x, memory = carry
-    return solver.step(process, denoise, fold(step_keys, number), x, process.level(t), process.level(s), memory)
+    keys, (t, s) = fold(step_keys, number), map(process.level, times)
+    down = lambda: solver.step(process, denoise, keys, x, t, s, memory)
+    up = lambda: (process.forward(keys, x, t, s), solver.init(x))
+    return jax.lax.cond(s.t > t.t, up, down) if rises else down()
   def last(x):
     if grid[-1] != 0:
       return (x,)

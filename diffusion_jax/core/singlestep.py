@@ -6,15 +6,29 @@ where l is infinite, a step is one of first order. Costs and orders are those of
 from jax import numpy as jnp
 from jaxtyping import Array, PyTree
 
-from diffusion_jax.core import schedules
-from diffusion_jax.core.processes import Gaussian, posterior_share
-from diffusion_jax.core.solvers import Solver, add_noise, check_eta, drift, no_memory, stretch, transfer
+from diffusion_jax.core import ode, schedules
+from diffusion_jax.core.processes import Gaussian
+from diffusion_jax.core.solvers import (
+  Solver,
+  add_noise,
+  ancestral_form,
+  ancestral_level,
+  check_eta,
+  drift,
+  first_order,
+  no_memory,
+  stretch,
+  transfer,
+)
 from diffusion_jax.core.targets import noise_of
-from diffusion_jax.core.types import Level, combine, normal, split
+from diffusion_jax.core.types import Level, combine, split
 
 
-def dpm_solver(order: int = 2) -> Solver:
-  """DPM-Solver-1, -2 and -3, in the noise (arXiv:2206.00927, eq. 3.7, alg. 1 and alg. 2): `order` calls a step."""
+def dpm_solver(order: int = 2, eta: float = 0.0) -> Solver:
+  """DPM-Solver-1, -2 and -3, in the noise (arXiv:2206.00927, eq. 3.7, alg. 1 and alg. 2): `order` calls a step.
+
+  eta > 0 goes down to less noise and adds fresh noise, as `ddim` does.
+  """
   if order not in (1, 2, 3):
     raise ValueError(f'dpm_solver has the orders 1, 2 and 3; got {order}.')
   def second(process, denoise, x, x0, t, s):
@@ -23,15 +37,13 @@ def dpm_solver(order: int = 2) -> Solver:
     change = noise_change(denoise, x, x0, t, ahead, middle)
     return combine((1.0, transfer(x, x0, t, s)), (-s.sigma * jnp.expm1(h), change))
   def third(process, denoise, x, x0, t, s):
-    h, (first, second) = width(t, s), (between(process, t, s, share) for share in (1 / 3, 2 / 3))
-    one = noise_change(denoise, x, x0, t, transfer(x, x0, t, first), first)
-    ahead = combine((1.0, transfer(x, x0, t, second)), (-2 * second.sigma * _slope(2 / 3 * h), one))
-    two = noise_change(denoise, x, x0, t, ahead, second)
+    h, (near, far) = width(t, s), (between(process, t, s, share) for share in (1 / 3, 2 / 3))
+    one = noise_change(denoise, x, x0, t, transfer(x, x0, t, near), near)
+    ahead = combine((1.0, transfer(x, x0, t, far)), (-2 * far.sigma * _slope(2 / 3 * h), one))
+    two = noise_change(denoise, x, x0, t, ahead, far)
     return combine((1.0, transfer(x, x0, t, s)), (-1.5 * s.sigma * _slope(h), two))
-  rest = {1: lambda process, denoise, x, x0, t, s: transfer(x, x0, t, s), 2: second, 3: third}[order]
-  def step(process, denoise, keys, x, t, s, memory):
-    return rest(process, denoise, x, denoise(x, t).x0, t, s), memory
-  return Solver(no_memory, step, order=order, calls=order)
+  move = {1: first_order, 2: second, 3: third}[order]
+  return ancestral_form('dpm_solver', move, eta, order, calls=order)
 
 
 def dpm_2s(eta: float = 0.0) -> Solver:
@@ -42,7 +54,7 @@ def dpm_2s(eta: float = 0.0) -> Solver:
   def move(process, denoise, x, x0, t, s):
     middle = between(process, t, s, 0.5)
     return transfer(x, denoise(transfer(x, x0, t, middle), middle).x0, t, s)
-  return _ancestral('dpm_2s', move, eta)
+  return ancestral_form('dpm_2s', move, eta, order=2, calls=2)
 
 
 def dpm2(eta: float = 0.0) -> Solver:
@@ -52,7 +64,7 @@ def dpm2(eta: float = 0.0) -> Solver:
     middle = between(process, t, s, 0.5)
     change = noise_change(denoise, x, x0, t, transfer(x, x0, t, middle), middle)
     return combine((1.0, transfer(x, x0, t, s)), (stretch(t, s), change))
-  return _ancestral('dpm2', move, eta)
+  return ancestral_form('dpm2', move, eta, order=2, calls=2)
 
 
 def rk4() -> Solver:
@@ -67,26 +79,39 @@ def rk4() -> Solver:
   return Solver(no_memory, step, order=4, calls=4)
 
 
+def dormand_prince(rtol: float = 1e-4, atol: float = 1e-4) -> Solver:
+  """The probability-flow ODE in t by Dormand and Prince's pair of orders 5 and 4, every sample with the steps that its own
+  tolerance asks for (ode.adaptive; arXiv:2011.13456, sec. 4.3). Order 5; the calls are those of the slowest sample.
+
+  The grid only says where it stops on its way, and every stop costs calls: 'logsnr(2)' goes from -10 to 10 nats in one.
+  """
+  integrate = ode.adaptive(rtol, atol)
+  def step(process, denoise, keys, x, t, s, memory):
+    slope = lambda u, x: drift(process, denoise, x, process.level(u))
+    return integrate(slope, x, t.t, s.t)[0], memory
+  return Solver(no_memory, step, order=5, calls=None)  # the order is the integrator's
+
+
 def dpm_sde(eta: float = 1.0, share: float = 0.5) -> Solver:
   """DPM-Solver++'s SDE in two stages: a move to the middle with noise, and the whole step with a mix of both x0
   (arXiv:2211.01095, app. D; k-diffusion). Two calls; the noise of both moves is of one Brownian path in sigma / alpha.
 
   `share` is where the middle lies in log(alpha / sigma). Independent noise for the two would lose variance.
   """
-  check_eta('dpm_sde', eta)
+  check_eta('dpm_sde', eta, most=1.0)
   if not 0 < share <= 1:
     raise ValueError(f'dpm_sde needs 0 < share <= 1; got {share}.')
   def step(process, denoise, keys, x, t, s, memory):
     x0, middle = denoise(x, t).x0, between(process, t, s, share)
     first, rest = split(keys, 2)
-    early = normal(first, x)
+    early = process.noise(first, x)
     place = ancestral_level(t, middle, eta)
     there = add_noise(transfer(x, x0, t, place), place, middle, early)
     mix = 1 / (2 * share)
     ahead = combine((1 - mix, x0), (mix, denoise(there, middle).x0))
     # The path from t to s is that to the middle and on, in proportion to the ways in sigma / alpha.
     ratio = jnp.where(t.alpha > 0, _way(t, middle) / _way(t, s), 1.0)
-    late = combine((jnp.sqrt(ratio), early), (jnp.sqrt(1 - ratio), normal(rest, x)))
+    late = combine((jnp.sqrt(ratio), early), (jnp.sqrt(1 - ratio), process.noise(rest, x)))
     place = ancestral_level(t, s, eta)
     return add_noise(transfer(x, ahead, t, place), place, s, late), memory
   return Solver(no_memory, step, calls=2)
@@ -103,7 +128,7 @@ def euler_maruyama(diffusion: str = 'sigma', scale: float = 1.0) -> Solver:
     noise, (alpha_slope, sigma_slope) = noise_of(t, x, x0), process.slopes(t.t)
     w, h = DIFFUSIONS[diffusion](scale, t, alpha_slope, sigma_slope), t.t - s.t
     moved = combine((1.0, x), (-h * alpha_slope, x0), (-h * (sigma_slope + 0.5 * w / t.sigma), noise))
-    return combine((1.0, moved), (jnp.sqrt(w * h), normal(keys, x))), memory
+    return combine((1.0, moved), (jnp.sqrt(w * h), process.noise(keys, x))), memory
   return Solver(no_memory, step)
 
 
@@ -115,12 +140,6 @@ DIFFUSIONS = {
   'increasing_decreasing': lambda scale, t, alpha_slope, sigma_slope: scale * jnp.sin(jnp.pi * t.t)**2,
   'sbdm': lambda scale, t, alpha_slope, sigma_slope:
     scale * 2 * (t.sigma * sigma_slope - t.sigma**2 * alpha_slope / t.alpha)}
-
-
-def ancestral_level(t: Level, s: Level, eta: float) -> Level:
-  """The level of less noise at alpha_s from which fresh noise of variance eta^2 Var q(xs | xt, x0) leads up to s."""
-  fresh = (eta * s.sigma)**2 * posterior_share(t, s)
-  return s._replace(sigma=jnp.sqrt(jnp.maximum(s.sigma**2 - fresh, 0)))
 
 
 def _way(t: Level, s: Level) -> Array:
@@ -152,16 +171,3 @@ def _slope(h: Array) -> Array:
   """(e^h - 1) / h - 1; 0 at h = 0."""
   safe = jnp.where(h == 0, 1.0, h)
   return jnp.where(h == 0, 0.0, jnp.expm1(safe) / safe - 1)
-
-
-def _ancestral(name: str, move, eta: float) -> Solver:
-  """A solver of order 2 and two calls that moves to a level of less noise, and adds noise up to that of s."""
-  if not 0 <= eta <= 1:
-    raise ValueError(f'{name} needs 0 <= eta <= 1; got {eta}.')
-  def step(process, denoise, keys, x, t, s, memory):
-    x0 = denoise(x, t).x0
-    if eta == 0:
-      return move(process, denoise, x, x0, t, s), memory
-    down = ancestral_level(t, s, eta)
-    return add_noise(move(process, denoise, x, x0, t, down), down, s, normal(keys, x)), memory
-  return Solver(no_memory, step, order=2 if eta == 0 else None, calls=2)

@@ -102,6 +102,11 @@ def spread(a: Array | float, x: Array) -> Array:
   return a.reshape(a.shape + (1,) * (x.ndim - a.ndim))
 
 
+def dot(x: PyTree, y: PyTree) -> Array:
+  """The sum of x y over all entries of an example, [B]."""
+  return sum(jax.tree.leaves(jax.tree.map(lambda a, b: jnp.sum((a * b).reshape(len(a), -1), 1), x, y)))
+
+
 def combine(*terms: tuple[Array | float, PyTree]) -> PyTree:
   """sum_i a_i x_i over the terms (a_i, x_i), for arrays and pytrees x; the axes of a_i are the first axes of x_i."""
   coefficients, xs = zip(*terms, strict=True)

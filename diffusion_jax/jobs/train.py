@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion_jax.jobs import evaluate, sample
@@ -16,7 +17,7 @@ from diffusion_jax.runtime import workdir as workdirs
 from diffusion_jax.runtime.checkpoints import Checkpoints
 from diffusion_jax.runtime.logs import Log, say, table
 from diffusion_jax.runtime.signals import Stop
-from diffusion_jax.runtime.step import State
+from diffusion_jax.runtime.step import State, worst_layer
 
 
 def run(config: ConfigDict, workdir: Path) -> int:
@@ -53,11 +54,13 @@ def fit(this: Run, state: State, checkpoints: Checkpoints, stop: Stop) -> State:
   stream = inputs.to_device(host, this.mesh)
   batch = next(stream)
   step_fn = compile_step(this, state, batch)
+  checkpoints.prepare(state)
   sampler = make_sampler(this, c.transform)
   before = None  # the metrics of the last step, read once the next one is on its way
   with Log(this.workdir, start, c.train.steps, c.log.every, c.train.batch) as log:
     for step in range(start + 1, c.train.steps + 1):
       state, metrics = step_fn(state, batch)
+      stop.look(step)
       if before:
         report(this, log, step - 1, before)
       before = metrics
@@ -98,12 +101,16 @@ def compile_step(this: Run, state: State, batch: dict):
 
 def report(this: Run, log: Log, step: int, metrics: dict) -> None:
   """Log a step; raise FloatingPointError if it was not finite and the config says to stop."""
-  finite = bool(metrics['finite'])
-  log.scalars(step, {name: value for name, value in metrics.items() if name != 'finite'}, always=not finite)
-  if not finite and this.config.train.nonfinite == 'stop':
+  c, finite, in_row = this.config.train, bool(metrics['finite']), int(metrics['in_row'])
+  hidden = ('finite', 'broken', 'in_row')
+  log.scalars(step, {name: value for name, value in metrics.items() if name not in hidden}, always=not finite)
+  if in_row > (c.nonfinite_most if c.nonfinite == 'skip' else 0):
+    params, _ = jax.eval_shape(this.method.init, jax.random.key(0))
     raise FloatingPointError(
-        f'Step {step} has loss {float(metrics["loss"])} and gradient norm {float(metrics["grad_norm"])}; its update was '
-        'not applied. Lower --config.optimizer.rate, or type --config.train.nonfinite=skip in a new --workdir.')
+        f'Step {step} has loss {float(metrics["loss"])} and gradient norm {float(metrics["grad_norm"])}, the '
+        f'{in_row}. in a row that is not finite; {worst_layer(params, np.asarray(metrics["broken"]))}. Its update was not '
+        'applied. Lower --config.optimizer.rate' + (', or type --config.train.nonfinite=skip, in a new --workdir.'
+                                                   if c.nonfinite == 'stop' else ' in a new --workdir.'))
 
 
 def snapshot(this: Run, log: Log, sampler, state: State, step: int) -> None:

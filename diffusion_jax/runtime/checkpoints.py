@@ -1,12 +1,21 @@
-"""Checkpoints: saved in the background and atomically by Orbax; a damaged one is moved aside and the one before it used."""
+"""Checkpoints: written by Orbax in a thread, with checksums; a damaged one is moved aside and the one before it used."""
+import shutil
 import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax import numpy as jnp
 
+from diffusion_jax.runtime import manifest
 from diffusion_jax.runtime.logs import first_line
+
+PARTIAL = 'partial'
+"""The sub-folder in which a checkpoint is written, and in which an old one is deleted. What a kill leaves in it is swept up
+by the next save."""
 
 
 class SaveError(RuntimeError):
@@ -14,69 +23,127 @@ class SaveError(RuntimeError):
 
 
 class Checkpoints:
-  """The checkpoints of a run in `folder`, one sub-folder a step, of which the newest `keep` stay."""
+  """The checkpoints of a run in `folder`, one sub-folder a step, of which the newest `keep` stay.
+
+  A sub-folder gets the name of its step by one rename, when all of it is written and its manifest too: whatever has a
+  number for a name was complete once, and what is wrong with it now is damage.
+  """
 
   def __init__(self, folder: Path, keep: int):
     self.folder = Path(folder).absolute()
     self.keep = keep
-    self._manager = self._open()
+    # With these the processes wait for each other at the coordinator, not by a program on the devices: the thread that
+    # saves must not put one between two steps of the training.
+    everyone = ocp.options.MultiprocessingOptions(active_processes=set(range(jax.process_count())),
+                                                  barrier_sync_key_prefix='checkpoints')
+    handler = ocp.StandardCheckpointHandler(multiprocessing_options=everyone)
+    self._orbax = ocp.Checkpointer(handler, multiprocessing_options=everyone)
+    self._copy = jax.jit(lambda state: jax.tree.map(jnp.copy, state))
+    self._thread = ThreadPoolExecutor(1, 'save')
+    self._pending: Future | None = None
 
-  def _open(self) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(max_to_keep=self.keep, cleanup_tmp_directories=True, create=True)
-    return ocp.CheckpointManager(self.folder, options=options)
+  def prepare(self, state: Any) -> None:
+    """Compile the copy that `save` makes: the devices hold the state twice while it is saved."""
+    jax.block_until_ready(self._copy(state))
 
   def save(self, step: int, state: Any) -> None:
-    """Start to save; the training may go on, with donated buffers too. Raises SaveError, also for the save before."""
-    self._guard(step, lambda: self._manager.save(step, args=ocp.args.StandardSave(state), force=True))
+    """Start to save, when the save before is complete; the training may go on, with donated buffers too.
+
+    Raises SaveError for the save before.
+    """
+    self.wait()
+    self._pending = self._thread.submit(self._write, step, self._copy(state))
 
   def wait(self) -> None:
     """Return when the last save is complete. Raises SaveError."""
-    self._guard(None, self._manager.wait_until_finished)
-
-  def _guard(self, step: int | None, action) -> None:
+    pending, self._pending = self._pending, None
     try:
-      self._manager.check_for_errors()
-      action()
+      if pending:
+        pending.result()
     except Exception as error:  # Orbax and TensorStore raise many types
-      good = [each for each in self.steps() if each != step]
-      rest = f'The newest complete one is of step {good[-1]}' if good else 'There is no complete one'
+      steps = self.steps()
+      rest = f'The newest complete one is of step {steps[-1]}' if steps else 'There is no complete one'
       raise SaveError(f'A checkpoint could not be saved in {self.folder}: {first_line(error)}. {rest}. Make room, then '
                       'type the same command to go on from there.') from error
+
+  def _write(self, step: int, state: Any) -> None:
+    """In the thread: write, sum up, name, and delete what is older than the newest `keep`."""
+    partial, first = self.folder / PARTIAL, jax.process_index() == 0
+    if first:
+      _sweep(partial)
+      partial.mkdir(parents=True)
+    self._orbax.save(partial / str(step), args=ocp.args.StandardSave(state))
+    if first:
+      manifest.write(partial / str(step))
+      (partial / str(step)).rename(self.folder / str(step))
+      for old in self.steps()[:-self.keep]:  # a kill must not leave half a folder with the name of a step
+        (self.folder / str(old)).rename(partial / str(old))
+      _sweep(partial)
 
   def steps(self) -> list[int]:
     """The steps that have a complete checkpoint, in order."""
     return sorted(int(path.name) for path in self.folder.glob('*') if path.is_dir() and path.name.isdigit())
 
   def restore(self, target: Any) -> Any | None:
-    """The newest state that can be read, on the shardings of `target` (jax.ShapeDtypeStruct); None if there is none.
+    """The newest state whose checksums are right, on the shardings of `target` (jax.ShapeDtypeStruct), None without any.
 
-    A damaged checkpoint is renamed to STEP.damaged with a warning, and the one before it is tried. Raises ValueError
-    where there are checkpoints and none can be read.
+    A damaged checkpoint is renamed to STEP.damaged with a warning that names the first damaged file, and the one before it
+    is tried. Raises ValueError where there are checkpoints and none is whole, or where the newest whole one does not fit.
     """
     damaged = []
     for step in reversed(self.steps()):
-      try:
-        return self._manager.restore(step, args=ocp.args.StandardRestore(target))
-      except Exception as error:  # any type, see above
-        damaged.append(self._set_aside(step, error))
+      reason = manifest.damage(self.folder / str(step), jax.process_index(), jax.process_count())
+      aside = self._free_name(step)
+      if _any_process(bool(reason)):
+        damaged.append(aside.name)
+        self._set_aside(step, aside, reason or 'as another process found')
+      else:
+        return self._read(step, target)
     if damaged:
       raise ValueError(f'No checkpoint in {self.folder} can be read; the damaged ones are {", ".join(damaged)}. To start '
                        'anew, type another --workdir.')
     return None
 
-  def _set_aside(self, step: int, error: Exception) -> str:
-    path, aside = self.folder / str(step), self.folder / f'{step}.damaged'
-    number = 1
+  def _read(self, step: int, target: Any) -> Any:
+    try:
+      return self._orbax.restore(self.folder / str(step), args=ocp.args.StandardRestore(target))
+    except Exception as error:  # any type, see above
+      raise ValueError(
+          f'The checkpoint {self.folder / str(step)} is whole, but this program cannot read it ({first_line(error)}). '
+          'Take the versions in environment.json, or type another --workdir.') from error
+
+  def _free_name(self, step: int) -> Path:
+    aside, number = self.folder / f'{step}.damaged', 1
     while aside.exists():
       number += 1
       aside = self.folder / f'{step}.damaged{number}'
-    warnings.warn(f'The checkpoint {path} is damaged ({first_line(error)}); it is moved to {aside.name} and the one '
-                  'before it is used.', stacklevel=2)
-    self.close()
-    if jax.process_index() == 0:
-      path.rename(aside)
-    self._manager = self._open()  # Orbax remembers the steps it has seen
-    return aside.name
+    return aside
+
+  def _set_aside(self, step: int, aside: Path, reason: str) -> None:
+    path, moved = self.folder / str(step), f'it is moved to {aside.name}'
+    try:
+      if jax.process_index() == 0:
+        path.rename(aside)
+    except OSError as error:
+      moved = f'it cannot be moved aside ({error.strerror})'
+    warnings.warn(f'The checkpoint {path} is damaged ({reason}); {moved} and the one before it is used.', stacklevel=3)
 
   def close(self) -> None:
-    self._manager.close()
+    """Wait for the last save, and end the thread. Raises SaveError."""
+    self.wait()
+    self._thread.shutdown()
+    self._orbax.close()
+
+
+def _sweep(folder: Path) -> None:
+  """Delete a folder, if it is there."""
+  if folder.exists():
+    shutil.rmtree(folder)
+
+
+def _any_process(flag: bool) -> bool:
+  """Whether the flag is set in any process; all of them come here before one leaves."""
+  if jax.process_count() == 1:
+    return flag
+  from jax.experimental import multihost_utils
+  return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))

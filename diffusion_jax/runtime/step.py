@@ -20,6 +20,7 @@ class State(NamedTuple):
   extra: PyTree
   key: Array  # jax.random.key_data
   skipped: Array  # steps whose loss or gradient was not finite
+  in_row: Array  # of these, the ones since the last finite step
 
 
 def init_state(init: Callable, optimizer: optax.GradientTransformation, decays: tuple[float, ...], seed: int) -> State:
@@ -29,7 +30,7 @@ def init_state(init: Callable, optimizer: optax.GradientTransformation, decays: 
   zero = jnp.zeros((), jnp.int32)
   # Copies, because a donated buffer may be given only once.
   emas = {str(decay): jax.tree.map(jnp.copy, params) for decay in decays}
-  return State(zero, params, optimizer.init(params), emas, extra, jax.random.key_data(key), zero)
+  return State(zero, params, optimizer.init(params), emas, extra, jax.random.key_data(key), zero, zero)
 
 
 def train_step(state: State, batch: dict, loss: Callable, optimizer: optax.GradientTransformation,
@@ -37,7 +38,8 @@ def train_step(state: State, batch: dict, loss: Callable, optimizer: optax.Gradi
   """One update on the mean loss of a global batch of `total` examples, and its metrics.
 
   `loss(params, extra, draw, batch)` gives (losses [B], extra, metrics). Where the loss or the gradient is not finite
-  nothing changes but the counts, and metrics['finite'] is False.
+  nothing changes but the counts, and metrics['finite'] is False; metrics['broken'] has, for each parameter, how many
+  entries of its gradient are not finite.
   """
   key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
   draw = Draw(key, batch['index'], total)
@@ -52,6 +54,18 @@ def train_step(state: State, batch: dict, loss: Callable, optimizer: optax.Gradi
   ema = optimizers.update_emas(state.ema, params, state.step)
   old, new = (state.params, state.optimizer, state.ema, state.extra), (params, moments, ema, extra)
   kept = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, old)
-  skipped = state.skipped + ~finite
-  metrics = {'loss': value, 'grad_norm': norm, 'rate': rate(state.step), 'skipped': skipped, 'finite': finite, **metrics}
-  return State(state.step + 1, *kept, state.key, skipped), metrics
+  skipped, in_row = state.skipped + ~finite, jnp.where(finite, 0, state.in_row + 1)
+  broken = jnp.stack([jnp.sum(~jnp.isfinite(leaf)) for leaf in jax.tree.leaves(grads)])
+  metrics = {'loss': value, 'grad_norm': norm, 'rate': rate(state.step), 'skipped': skipped, 'in_row': in_row,
+             'finite': finite, 'broken': broken, **metrics}
+  return State(state.step + 1, *kept, state.key, skipped, in_row), metrics
+
+
+def worst_layer(params: PyTree, broken: Array) -> str:
+  """The parameter, named by its path, whose gradient has the most entries that are not finite, from metrics['broken']."""
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  path, leaf = leaves[int(broken.argmax())]
+  if not broken.max():
+    return 'its gradient is finite in all parameters'
+  return (f'the worst layer is {jax.tree_util.keystr(path, simple=True, separator="/")}, with {int(broken.max())} of '
+          f'{leaf.size} entries of its gradient not finite')

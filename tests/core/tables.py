@@ -10,6 +10,8 @@ from diffusion_jax import build
 from diffusion_jax.core import (
   betas,
   bounds,
+  constraints,
+  correctors,
   grids,
   guidance,
   losses,
@@ -19,10 +21,30 @@ from diffusion_jax.core import (
   solvers,
   targets,
   times,
+  unmasking,
   weights,
 )
-from diffusion_jax.core.types import Draw, example_keys
+from diffusion_jax.core.types import Draw, Estimate, example_keys
 from tests import oracles
+
+
+def halves(x):
+  """|x|^2 / 2 of every example."""
+  return sum(0.5 * jnp.sum(jnp.square(leaf).reshape(len(leaf), -1), 1) for leaf in jax.tree.leaves(x))
+
+
+def first_replaced(denoise):
+  """`replace` for any x: the first entry of every leaf is 0.2."""
+  first = lambda leaf: jnp.arange(leaf[0].size).reshape(leaf.shape[1:]) == 0
+  row = lambda x: constraints.replace(jax.tree.map(lambda leaf: 0.2, x), jax.tree.map(first, x))
+  return lambda x, level, cond: row(x)(denoise)(x, level, cond)
+
+
+def measured(row):
+  """The constraint row(see, y) for any x: what is seen is the sum of the entries of every leaf and is 0.2."""
+  see = lambda x0: jax.tree.map(lambda leaf: jnp.sum(leaf.reshape(len(leaf), -1), 1), x0)
+  return lambda denoise: lambda x, level, cond: row(see, jax.tree.map(lambda leaf: 0.2, x))(denoise)(x, level, cond)
+
 
 SCHEDULES = {
   'linear': schedules.linear(),
@@ -110,6 +132,10 @@ GRIDS = {
   'shift': grids.shift(grids.uniform(8), 0.5),
   'dimension_shift': grids.dimension_shift(grids.uniform(8), 1024, 4096),
 }
+RISING_GRIDS = {
+  'jumps': grids.jumps(grids.uniform(8), 2, 3),
+  'restart': grids.restart(grids.uniform(8)),
+}
 WEIGHTS = {
   'constant': weights.constant(),
   'elbo': weights.elbo(),
@@ -136,21 +162,41 @@ DECODERS = {
   'discretized': bounds.discretized(16),
   'softmax': bounds.softmax(16),
 }
-TRANSFORMS = {
+GUIDANCE = {
   'guide': guidance.guide(2.5),
   'guide(during)': guidance.guide(2.5, (0.3, 0.7)),
-  'clip': guidance.clip(0.4),
-  'chain': guidance.chain(guidance.guide(2.5), guidance.clip(0.4)),
+  'guide(negative)': guidance.guide(2.5, negative={'label': 1}),
+  'rescale': guidance.rescale(2.5),
+  'cfg_zero': guidance.cfg_zero(2.5),
+  'cfg_zero(still)': guidance.cfg_zero(2.5, 0.6),
+  'apg': guidance.apg(2.5),
+  'apg(radius)': guidance.apg(2.5, 0.5, 0.1),
+  'perpendicular': guidance.perpendicular(2.5, {'label': 1}, 0.7),
+  'autoguide': guidance.autoguide(2.5, lambda x, level, cond: Estimate(jax.tree.map(jnp.sin, x))),
+  'classifier': guidance.classifier(lambda x, level, cond: -halves(x), 0.5),
+  'energy': guidance.energy(lambda x0: halves(x0), 0.5),
+  'chain': guidance.chain(guidance.guide(2.5), constraints.clip(0.4)),
 }
+CONSTRAINTS = {
+  'clip': constraints.clip(0.4),
+  'dynamic_threshold': constraints.dynamic_threshold(70.0, 0.1),
+  'replace': first_replaced,
+  'ddnm': measured(constraints.ddnm),
+  'dps': measured(partial(constraints.dps, std=0.5)),
+  'pigdm': measured(partial(constraints.pigdm, std=0.5)),
+}
+TRANSFORMS = {**GUIDANCE, **CONSTRAINTS}
 SOLVERS = {
   'ancestral': solvers.ancestral(),
+  'ancestral(large)': solvers.ancestral('large'),
   'ddim': solvers.ddim(),
   'ddim(0.5)': solvers.ddim(0.5),
   'ddim(1)': solvers.ddim(1.0),
+  'euler_ancestral': solvers.euler_ancestral(),
+  'ddim_inverse': solvers.ddim_inverse(),
+  'ddim_inverse(3)': solvers.ddim_inverse(3),
   'euler': solvers.euler(),
   'heun': solvers.heun(),
-  'dpm_2m': solvers.dpm_2m(),
-  'dpm_2m(1)': solvers.dpm_2m(1.0),
 }
 SINGLESTEP = {
   'dpm_solver(1)': singlestep.dpm_solver(1),
@@ -161,6 +207,7 @@ SINGLESTEP = {
   'dpm2': singlestep.dpm2(),
   'dpm2(1)': singlestep.dpm2(1.0),
   'rk4': singlestep.rk4(),
+  'dormand_prince': singlestep.dormand_prince(1e-3, 1e-3),
   'dpm_sde': singlestep.dpm_sde(),
   'dpm_sde(0.6)': singlestep.dpm_sde(0.6, 0.4),
   'euler_maruyama': singlestep.euler_maruyama(),
@@ -172,13 +219,37 @@ MULTISTEP = {
   'lms': multistep.lms(),
   'deis': multistep.deis(),
   'deis(log_r)': multistep.deis(2, 'log_r'),
+  'dpm_2m': multistep.dpm_2m(),
+  'dpm_2m(heun)': multistep.dpm_2m(kind='heun'),
+  'dpm_2m(1)': multistep.dpm_2m(1.0),
   'dpm_3m': multistep.dpm_3m(),
   'dpm_3m(1)': multistep.dpm_3m(1.0),
   'unipc': multistep.unipc(),
   'unipc(1)': multistep.unipc(1),
+  'unipc(2, b1)': multistep.unipc(2, 'b1'),
+  'unipc(3, b2)': multistep.unipc(3, 'b2'),
+  'sa_solver': multistep.sa_solver(),
+  'sa_solver(during)': multistep.sa_solver(2, 2, 0.7, (0.2, 0.8)),
+  'sa_solver(ode)': multistep.sa_solver(2, 3, 0.0),
+  'sa_solver(3, 2)': multistep.sa_solver(3, 2, 0.0),
   'ipndm': multistep.ipndm(),
+  'pndm': multistep.pndm(),
+  'pndm(heun)': multistep.pndm('heun'),
 }
-ALL_SOLVERS = {**SOLVERS, **SINGLESTEP, **MULTISTEP}
+CORRECTORS = {
+  'churn': correctors.churn(solvers.heun()),
+  'churn(euler)': correctors.churn(solvers.euler(), 10.0, 64, (0.1, 10.0), 1.0),
+  'langevin': correctors.langevin(solvers.ancestral()),
+  'langevin(2)': correctors.langevin(solvers.ddim(), 2),
+}
+UNMASKING = {  # for the process Masked alone
+  'maskgit': unmasking.maskgit(),
+  'maskgit(0)': unmasking.maskgit(0.0),
+  'remdm': unmasking.remdm(),
+  'remdm(cap)': unmasking.remdm('cap', 0.3),
+  'remdm(rescale)': unmasking.remdm('rescale', 0.4),
+}
+ALL_SOLVERS = {**SOLVERS, **SINGLESTEP, **MULTISTEP, **CORRECTORS}
 ROWS = {name: solver for name, solver in ALL_SOLVERS.items() if '(' not in name}  # one of each, for what costs time
 
 LAW = oracles.Gaussian([0.5, -0.3], [[0.5, 0.2], [0.2, 0.3]])
@@ -213,3 +284,12 @@ def close(a, b, rtol=0.0, atol=0.0):
   """Equal trees of equal arrays, within the tolerances."""
   assert jax.tree.structure(a) == jax.tree.structure(b)
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), a, b)
+
+
+def check_moments(x, mean, covariance, bias=0.0):
+  """The mean and covariance of normal samples x [N, d] are right within 4 standard errors and the sampler's own bias."""
+  mean, covariance, x = np.asarray(mean), np.asarray(covariance), np.asarray(x, np.float64)
+  variances = np.diag(covariance)
+  errors = np.sqrt((np.outer(variances, variances) + covariance**2) / len(x))
+  assert (np.abs(x.mean(0) - mean) <= 4 * np.sqrt(variances / len(x)) + bias + 1e-5).all(), (x.mean(0), mean)
+  assert (np.abs(np.cov(x.T) - covariance) <= 4 * errors + bias + 1e-5).all(), (np.cov(x.T), covariance)

@@ -5,7 +5,7 @@ from jax import numpy as jnp
 from scipy import stats
 
 from diffusion_jax.core import grids, schedules
-from tests.core.tables import ALL_SCHEDULES, FEW, GRIDS, REACHING_NOISE, SCHEDULES, check_complete, over
+from tests.core.tables import ALL_SCHEDULES, FEW, GRIDS, REACHING_NOISE, RISING_GRIDS, SCHEDULES, check_complete, over
 
 SOME = {name: ALL_SCHEDULES[name] for name in (*FEW, 'geometric', 'laplace', 'discrete', 'monotone')}
 
@@ -17,7 +17,7 @@ def ratio(schedule, t):
 
 
 def test_the_table_is_complete():
-  check_complete(grids, grids.Grid, GRIDS)
+  check_complete(grids, grids.Grid, {**GRIDS, **RISING_GRIDS})
 
 
 @over('schedule', SOME)
@@ -138,3 +138,31 @@ def test_bad_spacings_get_a_sentence(call, sentence):
   with pytest.raises(ValueError) as error:
     call()
   assert str(error.value) == sentence
+
+
+def test_jumps_walk_every_stretch_as_often_as_stated():
+  """Seven times above 0 and stretches of two: from the data's end, each stretch is walked `repeats` times."""
+  down = np.linspace(1, 0, 8)
+  at = lambda length, repeats: np.round(grids.jumps(grids.uniform(7), length, repeats)(SCHEDULES['flow']) * 7).astype(int)
+  assert at(2, 2).tolist() == [7, 6, 5, 7, 6, 5, 4, 3, 5, 4, 3, 2, 1, 3, 2, 1, 0]
+  assert at(3, 3).tolist() == [7, 6, 5, 4, 7, 6, 5, 4, 7, 6, 5, 4, 3, 2, 1, 4, 3, 2, 1, 4, 3, 2, 1, 0]
+  np.testing.assert_array_equal(grids.jumps(grids.uniform(7), 3, 1)(SCHEDULES['flow']), down)
+
+
+def test_restart_goes_up_where_it_is_told():
+  t = grids.restart(grids.uniform(10), 0.22, 0.5, 3, 2)(SCHEDULES['flow'])
+  again = [0.5, 0.4, 0.3, 0.2]
+  np.testing.assert_allclose(t, [1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, *again, *again, 0.1, 0], atol=1e-12)
+
+
+@pytest.mark.parametrize('call, sentence', [
+  (lambda: grids.jumps(grids.uniform(4), 0), 'jumps needs length >= 1 and repeats >= 1; got 0, 10.'),
+  (lambda: grids.jumps(grids.uniform(7))(SCHEDULES['flow']), 'jumps of 10 steps do not fit into the 6 steps of this grid'),
+  (lambda: grids.restart(grids.uniform(4), 0.5, 0.2),
+   'restart needs 0 < low < high <= 1, steps >= 1 and repeats >= 0; got 0.5, 0.2, 4, 2.'),
+  (lambda: grids.restart(grids.uniform(2), 0.1, 0.2)(SCHEDULES['flow']), 'restart finds no time of the grid near low=0.1'),
+])
+def test_bad_ways_up_get_a_sentence(call, sentence):
+  with pytest.raises(ValueError) as error:
+    call()
+  assert str(error.value).startswith(sentence)

@@ -1,14 +1,28 @@
-"""Guidance and constraints, on a mixture whose components are the classes: every denoiser is known."""
+"""Guidance, on a mixture whose components are the classes, and on Gaussian data: every denoiser is known."""
+import inspect
+
 import jax
 import numpy as np
 import pytest
 from jax import numpy as jnp
 
-from diffusion_jax.core import guidance
+from diffusion_jax.core import constraints, grids, guidance, sampling, schedules, solvers
 from diffusion_jax.core.processes import Gaussian
 from diffusion_jax.core.types import Estimate, Level, Transform
 from tests import oracles
-from tests.core.tables import MIXTURE, SCHEDULES, TRANSFORMS, check_complete, close, over
+from tests.core.tables import (
+  GUIDANCE,
+  LAW,
+  MIXTURE,
+  SCHEDULES,
+  TRANSFORMS,
+  check_complete,
+  check_moments,
+  close,
+  halves,
+  keys,
+  over,
+)
 
 PROCESS = Gaussian(SCHEDULES['cosine'])
 CLASSES = [oracles.Gaussian(mean, std**2 * np.eye(2)).denoiser(PROCESS)
@@ -16,52 +30,118 @@ CLASSES = [oracles.Gaussian(mean, std**2 * np.eye(2)).denoiser(PROCESS)
 NULL = MIXTURE.denoiser(PROCESS)
 LABEL = jnp.array([0, 1, 1, 0])
 X = jax.random.normal(jax.random.key(0), (4, 2))
+LAWS = jax.jit(lambda level: [law(X, level).x0 for law in (*CLASSES, NULL)])
+
+
+WEAK = oracles.Gaussian(np.array([0.2, 0.1]), np.eye(2)).denoiser(PROCESS)
+# Every row that acts in an interval, by the interval.
+DURING = {
+  'guide': lambda *during: guidance.guide(2.5, *during),
+  'rescale': lambda *during: guidance.rescale(2.5, 0.7, *during),
+  'cfg_zero': lambda *during: guidance.cfg_zero(2.5, 0.0, *during),
+  'apg': lambda *during: guidance.apg(2.5, 0.0, 1.0, *during),
+  'perpendicular': lambda *during: guidance.perpendicular(2.5, {'label': 1}, 0.5, *during),
+  'autoguide': lambda *during: guidance.autoguide(2.5, WEAK, *during),
+  'classifier': lambda *during: guidance.classifier(lambda x, level, cond: -halves(x), 1.0, *during),
+  'energy': lambda *during: guidance.energy(halves, 1.0, *during),
+}
 
 
 class Counted:
-  """The denoiser of a class-conditional network; `batches` are the sizes it was called (or traced) with."""
+  """The denoiser of a class-conditional network; `batches` are the sizes it was called (or traced) with, `conds` what it
+  was given."""
   def __init__(self):
-    self.batches = []
+    self.batches, self.conds = [], []
 
   def __call__(self, x, level, cond):
     self.batches.append(len(x))
+    self.conds.append(cond)
     given = jnp.where(cond['label'][:, None] == 0, CLASSES[0](x, level).x0, CLASSES[1](x, level).x0)
     drop = cond.get('drop', jnp.zeros(len(x), bool))
     return Estimate(jnp.where(drop[:, None], NULL(x, level).x0, given))
 
 
+def precise():
+  """X in double precision."""
+  return X.astype(jnp.float64)
+
+
+def toy(x, level, cond):
+  """A denoiser of two entries that is nothing special and costs little."""
+  shift = jnp.array([[0.4, -0.3], [-0.8, 0.5], [0.1, 0.7]])[jnp.where(cond['drop'], 2, cond['label']) if 'drop' in cond
+                                                            else cond['label']]
+  return Estimate(jnp.tanh(1.5 * x + shift))
+
+
 def expected(weight, level):
   """x0_null + weight (x0_cond - x0_null), in numpy."""
-  one, two, null = jax.jit(lambda level: [law(X, level).x0 for law in (*CLASSES, NULL)])(level)
+  one, two, null = LAWS(level)
   given, null = np.where(np.asarray(LABEL)[:, None] == 0, one, two), np.asarray(null)
   return null + weight * (given - null)
 
 
 def test_the_table_is_complete():
-  check_complete(guidance, Transform, TRANSFORMS)
+  check_complete(guidance, Transform, GUIDANCE)
+  rows = {name for name in GUIDANCE if 'during' in inspect.signature(getattr(guidance, name.partition('(')[0])).parameters}
+  assert rows == set(DURING) | {name for name in rows if '(' in name}
 
 
-def test_weight_1_is_the_identity():
+INERT = {
+  'guide': guidance.guide(1.0),
+  'guide(during)': guidance.guide(1.0, (0.2, 0.8), {'label': 3}),
+  'rescale': guidance.rescale(1.0),
+  'cfg_zero': guidance.cfg_zero(1.0),
+  'apg': guidance.apg(1.0, radius=0.1),
+  'autoguide': guidance.autoguide(1.0, WEAK),
+  'classifier': guidance.classifier(lambda x, level, cond: -halves(x), 0.0),
+  'energy': guidance.energy(halves, 0.0),
+  'chain': guidance.chain(),
+}
+
+
+@over('transform', INERT)
+def test_no_guidance_is_the_denoiser_itself(transform):
   denoise = Counted()
-  assert guidance.guide(1.0)(denoise) is denoise and guidance.guide(1.0, (0.2, 0.8))(denoise) is denoise
-  assert guidance.chain()(denoise) is denoise
+  assert transform(denoise) is denoise
 
 
-@pytest.mark.parametrize('weight', [0.0, 0.5, 3.0, -1.0])
 @pytest.mark.parametrize('t', [0.4, np.array([0.1, 0.3, 0.5, 0.9])])
-def test_guidance_extrapolates_by_one_call_of_twice_the_batch(weight, t):
-  denoise, level = Counted(), PROCESS.level(t)
-  out = jax.jit(guidance.guide(weight)(denoise))(X, level, {'label': LABEL})
-  assert denoise.batches == [8]
-  np.testing.assert_allclose(out.x0, expected(weight, level), atol=1e-5)
+def test_guidance_extrapolates_by_one_call_of_twice_the_batch(t):
+  denoise, level, weights = Counted(), PROCESS.level(t), (0.0, 0.5, 3.0, -1.0)
+  outs = jax.jit(lambda x: [guidance.guide(weight)(denoise)(x, level, {'label': LABEL}) for weight in weights])(X)
+  assert denoise.batches == [8] * len(weights)
+  for weight, out in zip(weights, outs, strict=True):
+    np.testing.assert_allclose(out.x0, expected(weight, level), atol=1e-5)
 
 
-@pytest.mark.parametrize('t, inside', [(0.1, False), (0.3, True), (0.5, True), (0.7, True), (0.71, False)])
-def test_guidance_acts_within_its_interval_alone(t, inside):
-  denoise, level = Counted(), PROCESS.level(t)
-  out = jax.jit(guidance.guide(2.5, (0.3, 0.7))(denoise))(X, level, {'label': LABEL})
+@over('row', DURING)
+def test_an_array_of_times_chooses_entry_by_entry(row):
+  level, cond = PROCESS.level(jnp.array([0.1, 0.3, 0.5, 0.9])), {'label': LABEL}
+  def estimates(level):
+    return [transform(toy)(X, level, cond).x0 for transform in (row((0.3, 0.7)), row(), guidance.chain())]
+  within, everywhere, nowhere = jax.jit(estimates)(level)
+  inside = np.array([[False], [True], [True], [False]])
+  np.testing.assert_allclose(within, np.where(inside, everywhere, nowhere), atol=1e-6)
+  assert (np.abs(everywhere - nowhere) > 1e-4).any(1).all()
+
+
+CALLS = {'guide': [8], 'rescale': [8], 'cfg_zero': [8], 'apg': [8], 'perpendicular': [12], 'autoguide': [4], 'energy': [4],
+         'classifier': [4]}
+
+
+@pytest.mark.parametrize('name', DURING)
+def test_the_branches_are_one_call(name):
+  denoise = Counted()
+  jax.eval_shape(lambda x: DURING[name]()(denoise)(x, PROCESS.level(0.5), {'label': LABEL}), X)
+  assert denoise.batches == CALLS[name]
+
+
+def test_guidance_acts_within_its_interval_alone():
+  denoise = Counted()
+  run = jax.jit(lambda t: guidance.guide(2.5, (0.3, 0.7))(denoise)(X, PROCESS.level(t), {'label': LABEL}))
+  for t, weight in ((0.1, 1.0), (0.3, 2.5), (0.5, 2.5), (0.7, 2.5), (0.71, 1.0)):
+    np.testing.assert_allclose(run(t).x0, expected(weight, PROCESS.level(t)), atol=1e-5)
   assert sorted(denoise.batches) == [4, 8]  # both sides of the branch are traced; one runs
-  np.testing.assert_allclose(out.x0, expected(2.5 if inside else 1.0, level), atol=1e-5)
 
 
 def test_outside_the_interval_half_of_the_work_is_saved():
@@ -80,16 +160,9 @@ def test_a_network_without_labels_sees_the_drop_alone():
   np.testing.assert_allclose(guidance.guide(3.0)(denoise)(X, PROCESS.level(0.5), None).x0, 4 * X, rtol=1e-6)
 
 
-def test_clip():
-  denoise = lambda x, level, cond: Estimate({'a': x, 'b': -x})
-  x = jnp.array([[-3.0, -0.2], [0.4, 5.0]])
-  out = guidance.clip(0.4)(denoise)(x, PROCESS.level(0.5), None).x0
-  close(out, {'a': np.float32([[-0.4, -0.2], [0.4, 0.4]]), 'b': np.float32([[0.4, 0.2], [-0.4, -0.4]])})
-
-
 def test_chain_goes_from_left_to_right():
   level, cond = PROCESS.level(0.5), {'label': LABEL}
-  guide, clip = guidance.guide(4.0), guidance.clip(0.4)
+  guide, clip = guidance.guide(4.0), constraints.clip(0.4)
   guided_first = guidance.chain(guide, clip)(Counted())(X, level, cond).x0
   np.testing.assert_allclose(guided_first, np.clip(expected(4.0, level), -0.4, 0.4), atol=1e-5)
   clipped_first = guidance.chain(clip, guide)(Counted())(X, level, cond).x0
@@ -112,11 +185,9 @@ def test_trees_shapes_and_dtypes_are_kept(transform):
 @over('transform', TRANSFORMS)
 def test_an_example_keeps_its_own_place(transform):
   """Row i of the result depends on row i alone, whatever the others are."""
-  level, order = PROCESS.level(0.5), np.array([2, 0, 3])
-  call = jax.jit(transform(Counted()))
-  whole = call(X, level, {'label': LABEL}).x0
-  part = call(X[order], level, {'label': LABEL[order]}).x0
-  np.testing.assert_allclose(part, whole[order], atol=1e-6)
+  level, order = PROCESS.level(0.5), np.array([2, 0, 3, 3])
+  call = jax.jit(lambda x, label: transform(toy)(x, level, {'label': label}).x0)
+  np.testing.assert_array_equal(call(X[order], LABEL[order]), call(X, LABEL)[order])
 
 
 def test_branches_go_example_by_example():
@@ -132,15 +203,207 @@ def test_branches_go_example_by_example():
   (x, at, cond), = seen
   np.testing.assert_array_equal(x[:, 0], [1, 1, 1, 10, 10, 10])
   np.testing.assert_allclose(at.t, [0.2] * 3 + [0.8] * 3)
-  assert isinstance(at, Level) and not cond['drop'].any()
+  assert isinstance(at, Level) and 'drop' not in cond
+
+
+NEGATIVE = {'label': 1}
+
+
+def test_a_negative_takes_the_place_of_the_null():
+  """Away from class 1, given class 0, without a word of dropped conditions."""
+  denoise, level = Counted(), PROCESS.level(0.4)
+  label = jnp.zeros(4, jnp.int32)
+  out = jax.jit(guidance.guide(2.5, negative=NEGATIVE)(denoise))(X, level, {'label': label, 'text': jnp.ones((4, 3))})
+  given, avoided = (np.asarray(law(X, level).x0, np.float64) for law in CLASSES)
+  np.testing.assert_allclose(out.x0, avoided + 2.5 * (given - avoided), atol=1e-5)
+  assert denoise.batches == [8] and set(denoise.conds[0]) == {'label', 'text'}
+
+
+@pytest.mark.parametrize('value', [3, np.float64(3), np.full(4, 3)])
+def test_a_negative_has_the_shape_and_dtype_of_what_it_replaces(value):
+  cond = {'label': LABEL, 'text': jnp.ones((4, 2, 3), jnp.bfloat16)}
+  out = guidance.replaced(cond, {'label': value, 'text': np.arange(3.0)})
+  close(out, {'label': np.full(4, 3), 'text': np.broadcast_to(np.arange(3.0), (4, 2, 3))})
+  assert jax.tree.map(jnp.shape, out) == jax.tree.map(jnp.shape, cond) and out['text'].dtype == jnp.bfloat16
+
+
+def gaussians(*means, covariance=((0.5, 0.2), (0.2, 0.3))):
+  """A denoiser whose label chooses the mean of a normal law, the first where the condition is dropped, and the laws."""
+  laws = [oracles.Gaussian(np.array(mean), np.array(covariance)) for mean in means]
+  def denoise(x, level, cond):
+    label = jnp.where(cond['drop'], 0, cond['label']) if 'drop' in cond else cond['label']
+    x0s = jnp.stack([law.denoiser(PROCESS)(x, level).x0 for law in laws])
+    return Estimate(jnp.take_along_axis(x0s, label[None, :, None], 0)[0])
+  return denoise, laws
+
+
+def of_mean(law, mean):
+  return oracles.Gaussian(mean, law.covariance)
+
+
+SHIFTED = {
+  'guide': (lambda weak: guidance.guide(2.5), lambda n, c, a: n + 2.5 * (c - n)),
+  'guide(negative)': (lambda weak: guidance.guide(2.5, negative={'label': 2}), lambda n, c, a: a + 2.5 * (c - a)),
+  'autoguide': (lambda weak: guidance.autoguide(2.5, weak), lambda n, c, a: a + 2.5 * (c - a)),
+}
+
+
+@over('row', SHIFTED)
+def test_guidance_between_gaussians_of_one_covariance_is_a_gaussian(row, x64):
+  """The denoisers differ by a linear image of the means, so the guided one is that of the extrapolated mean."""
+  make, mean_of = row
+  denoise, (null, given, avoided) = gaussians([0.1, 0.4], [1.0, -0.5], [-0.3, 0.2])
+  mean = mean_of(null.mean, given.mean, avoided.mean)
+  level = PROCESS.level(np.array([0.05, 0.4, 0.8, 1.0]))
+  out = jax.jit(make(avoided.denoiser(PROCESS))(denoise))(precise(), level, {'label': jnp.ones(4, jnp.int32)})
+  np.testing.assert_allclose(out.x0, of_mean(given, mean).denoiser(PROCESS)(precise(), level).x0, rtol=0, atol=1e-9)
+
+
+def test_perp_neg_keeps_what_the_conditions_share(x64):
+  """With one isotropic covariance the difference of estimates is that of means: pushed along the condition in full, and
+  away from the negative's part across it."""
+  denoise, (null, given, avoided) = gaussians([0.0, 0.0], [2.0, 0.0], [0.7, 0.5], covariance=0.4 * np.eye(2))
+  level = PROCESS.level(np.array([0.05, 0.4, 0.8, 1.0]))
+  row = guidance.perpendicular(3.0, {'label': 2}, 0.6)
+  out = jax.jit(row(denoise))(precise(), level, {'label': jnp.ones(4, jnp.int32)})
+  mean = np.array([3 * 2.0, -3 * 0.6 * 0.5])
+  np.testing.assert_allclose(out.x0, of_mean(given, mean).denoiser(PROCESS)(precise(), level).x0, rtol=0, atol=1e-9)
+
+
+def both(t, rows):
+  """x0 of the rows at class 0 and 1 by LABEL, and of the two branches, in numpy."""
+  level, cond = PROCESS.level(t), {'label': LABEL}
+  run = lambda level: [row(toy)(precise(), level, cond).x0 for row in (*rows, guidance.chain(), guidance.guide(0.0))]
+  return [np.asarray(x0) for x0 in jax.jit(run)(level)]
+
+
+def test_rescaling_gives_back_the_deviation_of_the_conditional(x64):
+  full, half, none, guided, given, _ = both(0.4, [
+    guidance.rescale(3.0, 1.0), guidance.rescale(3.0, 0.5), guidance.rescale(3.0, 0.0), guidance.guide(3.0)])
+  np.testing.assert_allclose(none, guided, rtol=0, atol=1e-9)
+  np.testing.assert_allclose(half, (full + guided) / 2, rtol=0, atol=1e-9)
+  np.testing.assert_allclose(full.std(1), given.std(1), rtol=1e-9)
+  np.testing.assert_allclose(full[:, 0] * guided[:, 1], full[:, 1] * guided[:, 0], rtol=0, atol=1e-9)  # parallel
+  assert (np.abs(guided.std(1) / given.std(1) - 1) > 0.1).any()
+
+
+def test_projected_guidance_goes_across_the_estimate(x64):
+  across, short, full, far, guided, given, _ = both(0.4, [
+    guidance.apg(3.0), guidance.apg(3.0, 1.0, 0.2), guidance.apg(3.0, 1.0), guidance.apg(3.0, 1.0, 100.0),
+    guidance.guide(3.0)])
+  np.testing.assert_allclose(full, guided, rtol=0, atol=1e-9)
+  np.testing.assert_allclose(far, guided, rtol=0, atol=1e-9)
+  np.testing.assert_allclose(((across - given) * given).sum(1), 0, rtol=0, atol=1e-9)
+  left = across - guided
+  np.testing.assert_allclose(left[:, 0] * given[:, 1], left[:, 1] * given[:, 0], rtol=0, atol=1e-9)  # parallel
+  length = np.linalg.norm(guided - given, axis=1)
+  assert length.min() < 0.4 < length.max()
+  np.testing.assert_allclose(short - given, (guided - given) * np.minimum(1, 2 * 0.2 / length)[:, None], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize('schedule', ['flow', 'cosine'])
+def test_cfg_zero_scales_the_null_s_velocity_to_the_nearest(schedule, x64):
+  """Along the null's velocity all weights go as far as the conditional; across it they extrapolate from 0. On any
+  schedule the velocity is that of the flow path at x / (alpha + sigma)."""
+  t = 0.7
+  if schedule == 'cosine':
+    t = float(schedules.time_at(SCHEDULES['cosine'], schedules.logsnr_of(SCHEDULES['flow'], jnp.float64(t))))
+  process = Gaussian(SCHEDULES[schedule])
+  flow, level = Gaussian(SCHEDULES['flow']).level(0.7), process.level(t)
+  x = precise() * (level.alpha + level.sigma)
+  x0s = jax.random.normal(jax.random.key(1), (2, 4, 2))  # of the null and given
+  denoise = lambda x, level, cond: Estimate(jnp.where(cond['drop'][:, None], *jnp.repeat(x0s, 2, 1)))
+  run = jax.jit(lambda weight: guidance.cfg_zero(weight)(denoise)(x, level, None).x0, static_argnums=0)
+  velocity = lambda x0: np.asarray((precise() - x0) / flow.t)  # on the flow path, xt = x0 + t velocity
+  null, given, one, three = (velocity(x0) for x0 in (*x0s, run(0.0), run(3.0)))
+  along = lambda v: (v * null).sum(1) / (null**2).sum(1)
+  across = lambda v: v - along(v)[:, None] * null
+  for v in (one, three):
+    np.testing.assert_allclose(along(v), along(given), atol=1e-8)
+  np.testing.assert_allclose(across(one), 0, atol=1e-8)
+  np.testing.assert_allclose(across(three), 3 * across(given), atol=1e-8)
+  assert np.abs(across(given)).max() > 1
+
+
+@pytest.mark.parametrize('schedule', ['flow', 'cosine'])
+def test_zero_init_leaves_the_noise_where_it_is(schedule):
+  """While t > 1 - still a step along the flow path goes nowhere; below, steps go as they do without."""
+  process = Gaussian(SCHEDULES[schedule])
+  denoise = lambda x, level, cond: Estimate(0.3 * x)
+  run = jax.jit(lambda t, s, still: solvers.ddim().step(
+    process, lambda x, level: guidance.cfg_zero(1.0, still)(denoise)(x, level, None), keys(4), X, process.level(t),
+    process.level(s), ())[0], static_argnums=2)
+  total = lambda t: sum(process.level(t)[1:])
+  np.testing.assert_allclose(run(0.9, 0.85, 0.2) / total(0.85), X / total(0.9), atol=1e-6)
+  np.testing.assert_allclose(run(0.7, 0.6, 0.2), run(0.7, 0.6, 0.0), atol=1e-6)
+  assert np.abs(run(0.9, 0.85, 0.2) - run(0.9, 0.85, 0.0)).max() > 0.01
+
+
+B = np.array([0.8, -0.5])
+TILTS = {
+  'energy': lambda scale: guidance.energy(lambda x0: -x0 @ B, scale),
+  'classifier': lambda scale: guidance.classifier(lambda x, level, cond: LAW.denoiser(PROCESS)(x, level).x0 @ B, scale),
+}
+
+
+@over('row', TILTS)
+@pytest.mark.parametrize('schedule', ['cosine', 'karras'])
+def test_a_linear_energy_tilts_gaussian_data(row, schedule, x64):
+  """Samples of p(x0) exp(b x0) have the mean m + C b, and of exp(scale b x0) m + scale C b; so has the denoiser."""
+  process = Gaussian(SCHEDULES[schedule])
+  level = process.level(np.array([0.02, 0.3, 0.6, 0.97]))
+  tilted = LAW.tilted(1.7 * B).denoiser(process)(precise(), level).x0
+  np.testing.assert_allclose(jax.jit(row(1.7)(LAW.denoiser(process)))(precise(), level, None).x0, tilted, rtol=0, atol=1e-9)
+  assert np.abs(tilted - LAW.denoiser(process)(precise(), level).x0).max() > 0.1
+
+
+def test_samples_under_a_linear_energy_have_the_tilted_law():
+  grid, denoise = grids.uniform(100, 0.995)(PROCESS.schedule), TILTS['energy'](1.0)(LAW.denoiser(PROCESS))
+  x = jax.jit(lambda keys: sampling.sample(keys, PROCESS, solvers.heun(), denoise, grid, (2,)))(keys(4000))
+  law = LAW.tilted(B)
+  check_moments(x, law.mean, law.covariance, bias=0.01)
+
+
+def test_a_quadratic_energy_moves_the_estimate_by_the_chain_rule(x64):
+  """Of data N(0, v), x0hat = k xt; the energy x0^2 / 2 then adds -sigma^2 / alpha k^2 xt, by hand."""
+  level, v = PROCESS.level(0.6), 0.7
+  k = level.alpha * v / (level.alpha**2 * v + level.sigma**2)
+  denoise = oracles.Gaussian(np.zeros(2), v * np.eye(2)).denoiser(PROCESS)
+  out = jax.jit(lambda x: guidance.energy(halves, 0.5)(denoise)(x, level, None).x0)(precise())
+  np.testing.assert_allclose(out, k * precise() * (1 - 0.5 * level.sigma**2 / level.alpha * k), rtol=0, atol=1e-9)
+
+
+@over('row', TILTS)
+def test_nothing_is_added_where_the_factor_has_no_value(row):
+  level = PROCESS.level(jnp.array([1.0, 1.0, 0.5, 0.0]))
+  out = jax.jit(row(1.0)(LAW.denoiser(PROCESS)))(X, level, None).x0
+  change = np.abs(out - LAW.denoiser(PROCESS)(X, level).x0).max(1)
+  assert np.isfinite(out).all() and (change[[0, 1, 3]] < 1e-6).all() and change[2] > 0.01
 
 
 @pytest.mark.parametrize('call, sentence', [
   (lambda: guidance.guide(2.0, (0.8, 0.2)),
    'guide needs during=(low, high) with 0 <= low < high <= 1; got (0.8, 0.2).'),
-  (lambda: guidance.guide(2.0, (0.0, 1.5)),
-   'guide needs during=(low, high) with 0 <= low < high <= 1; got (0.0, 1.5).'),
-  (lambda: guidance.clip(0.0), 'clip needs limit > 0; got 0.0.'),
+  (lambda: guidance.perpendicular(2.0, {}, during=(0.0, 1.5)),
+   'perpendicular needs during=(low, high) with 0 <= low < high <= 1; got (0.0, 1.5).'),
+  (lambda: guidance.energy(halves, during=(0.5, 0.5)),
+   'energy needs during=(low, high) with 0 <= low < high <= 1; got (0.5, 0.5).'),
+  (lambda: guidance.guide(float('nan')), 'guide needs a finite weight; got nan.'),
+  (lambda: guidance.autoguide(float('inf'), WEAK), 'autoguide needs a finite weight; got inf.'),
+  (lambda: guidance.classifier(len, float('inf')), 'classifier needs a finite scale; got inf.'),
+  (lambda: guidance.perpendicular(2.0, {}, float('nan')), 'perpendicular needs a finite negative_weight; got nan.'),
+  (lambda: guidance.rescale(2.0, 1.2), 'rescale needs 0 <= phi <= 1; got 1.2.'),
+  (lambda: guidance.cfg_zero(2.0, 1.0), 'cfg_zero needs 0 <= still < 1; got 1.0.'),
+  (lambda: guidance.apg(2.0, radius=0.0), 'apg needs radius > 0; got 0.0.'),
+  (lambda: guidance.apg(2.0, float('nan')), 'apg needs a finite parallel; got nan.'),
+  (lambda: guidance.guide(2.0, negative={'colour': 1})(Counted())(X, PROCESS.level(0.5), {'label': LABEL, 'text': X}),
+   "negative={'colour': ...} replaces an entry that cond has not; it has 'label', 'text'."),
+  (lambda: guidance.guide(2.0, negative={'label': 1})(Counted())(X, PROCESS.level(0.5), None),
+   "negative={'label': ...} replaces an entry that cond has not; it has none."),
+  (lambda: guidance.energy(lambda x0: x0)(LAW.denoiser(PROCESS))(X, PROCESS.level(0.5), None),
+   'function gives one number an example, shape (4,) here; got (4, 2).'),
+  (lambda: guidance.classifier(lambda x, level, cond: jnp.sum(x))(LAW.denoiser(PROCESS))(X, PROCESS.level(0.5), None),
+   'log_prob gives one number an example, shape (4,) here; got ().'),
 ])
 def test_bad_arguments_get_a_sentence(call, sentence):
   with pytest.raises(ValueError) as error:

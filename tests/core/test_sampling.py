@@ -5,6 +5,7 @@ import jax
 import numpy as np
 import pytest
 from jax import numpy as jnp
+from scipy import stats
 
 from diffusion_jax.core import sampling, solvers
 from diffusion_jax.core.processes import Gaussian
@@ -39,10 +40,11 @@ def test_the_trajectory_starts_at_the_prior_or_where_it_is_told():
 
 
 def test_a_start_follows_the_exact_flow_up_and_down():
-  """A grid may rise: DDIM carries data-like x to more noise and back."""
+  """A solver that rises carries data-like x to more noise and back."""
   start = LAW.flow_map(jnp.array([[1.0, 2.0], [-1.0, 0.5]]), PROCESS.level(1.0), PROCESS.level(0.3))
   grid = np.concatenate([np.linspace(0.3, 0.8, 101), np.linspace(0.8, 0.3, 101)[1:]])
-  run = partial(sampling.sample, keys(2), PROCESS, SOLVERS['heun'], LAW.denoiser(PROCESS), shape=(2,), start=start)
+  run = partial(sampling.sample, keys(2), PROCESS, SOLVERS['heun']._replace(rises=True), LAW.denoiser(PROCESS),
+                shape=(2,), start=start)
   np.testing.assert_allclose(run(grid[:101]), LAW.flow_map(start, PROCESS.level(0.3), PROCESS.level(0.8)), atol=1e-3)
   np.testing.assert_allclose(run(grid), start, atol=1e-3)
 
@@ -89,7 +91,7 @@ def test_trees_of_samples():
 def test_the_condition_reaches_every_call():
   denoise = lambda x, level, cond: Estimate(jnp.broadcast_to(cond['mean'][:, None], x.shape))
   cond = {'mean': jnp.array([1.0, -2.0])}
-  for solver in ROWS.values():
+  for solver in (ROWS[name] for name in ('ancestral', 'heun', 'unipc', 'langevin')):
     x = sampling.sample(keys(2), PROCESS, solver, denoise, np.linspace(1, 0, 4), (3,), cond)
     np.testing.assert_array_equal(x, [[1.0] * 3, [-2.0] * 3])
 
@@ -104,8 +106,34 @@ def test_one_trace_serves_every_call():
   assert len(traces) == count and np.abs(first - second).max() > 1e-3
 
 
-@pytest.mark.parametrize('grid', [[1.0], [], [1.0, 0.5, 0.5, 0.0], [1.0, -0.1], [1.1, 0.0]])
+@pytest.mark.parametrize('grid', [[1.0], [], [1.0, 0.5, 0.5, 0.0], [1.0, -0.1], [1.1, 0.0], [1.0, 0.5, 0.0, 0.5, 0.0]])
 @pytest.mark.parametrize('function', [sampling.sample, sampling.trajectory])
 def test_bad_grids_are_errors(function, grid):
-  with pytest.raises(ValueError, match=r'A grid has two or more times in \[0, 1\], each unlike the one before; got \['):
+  with pytest.raises(ValueError, match=r'A grid has two or more times in \[0, 1\], each unlike the one before, and 0 at'):
     function(keys(2), PROCESS, SOLVERS['ddim'], DENOISE, np.array(grid), (2,))
+
+
+def test_a_rising_grid_adds_the_noise_of_the_process():
+  """q(xt | xs) of a Markov chain: from a point at 0.3 up to 0.8 in one move, whatever the solver."""
+  s, t, count = PROCESS.level(0.3), PROCESS.level(0.8), 4000
+  x = sampling.sample(keys(count), PROCESS, SOLVERS['heun'], DENOISE, np.array([0.3, 0.8]), (), start=jnp.full(count, 1.3))
+  scale = float(t.alpha / s.alpha)
+  law = stats.norm(1.3 * scale, np.sqrt(float(t.sigma)**2 - (scale * float(s.sigma))**2))
+  assert stats.kstest(np.asarray(x, np.float64), law.cdf).pvalue > 1e-3
+
+
+def test_after_a_rise_the_solver_starts_anew():
+  """Of the moves down two before the rise and three after it, the last solver's memory knows three."""
+  step = lambda process, denoise, keys, x, t, s, memory: (jnp.full_like(x, 1.0) * (memory + 1), memory + 1)
+  solver = solvers.Solver(lambda x: jnp.zeros(()), step)
+  x = sampling.sample(keys(2), PROCESS, solver, DENOISE, np.array([0.9, 0.7, 0.5, 0.8, 0.6, 0.4, 0.2]), ())
+  np.testing.assert_array_equal(x, [3, 3])
+
+
+def test_a_grid_from_the_data_needs_the_data():
+  with pytest.raises(ValueError, match=r'A grid that begins at the data, t = 0, needs start=x0; got none.'):
+    sampling.sample(keys(2), PROCESS, SOLVERS['ddim_inverse'], DENOISE, np.linspace(0, 1, 5), (2,))
+  start = jnp.ones((2, 2))
+  xs, x0s = sampling.trajectory(keys(2), PROCESS, SOLVERS['ddim_inverse'], DENOISE, np.linspace(0, 1, 5), (2,), start=start)
+  assert np.isfinite(xs).all() and np.isfinite(x0s).all()
+  np.testing.assert_array_equal(x0s[0], start)

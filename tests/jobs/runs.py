@@ -1,6 +1,7 @@
 """A tiny run, and what tests ask of it."""
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -49,14 +50,24 @@ def flags(**fields):
   return [f'--config.{name}={value}' for name, value in merged.items()]
 
 
-def start(workdir, *words, config='configs/base.py', file_limit=None):
+def start(workdir, *words, config='configs/base.py', file_limit=None, **environment):
   """Start python -m diffusion_jax.main in a process of its own, which may write files of at most file_limit KiB."""
   config = [f'--config={config}'] if config else []
   command = [sys.executable, '-m', 'diffusion_jax.main', f'--workdir={workdir}', *words, *config]
   if file_limit:
     command = ['bash', '-c', f'ulimit -f {file_limit}; exec "$@"', 'bash', *command]
   return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                          env=os.environ | {'PYTHONUNBUFFERED': '1'})
+                          env=os.environ | {'PYTHONUNBUFFERED': '1'} | environment)
+
+
+def start_two(workdir, *words):
+  """Start it as two processes of four devices each, over loopback."""
+  with socket.socket() as probe:
+    probe.bind(('localhost', 0))
+    address = f'localhost:{probe.getsockname()[1]}'
+  devices = dict(XLA_FLAGS='--xla_backend_optimization_level=0', JAX_NUM_CPU_DEVICES='4')
+  return [start(workdir, *words, f'--coordinator={address}', '--processes=2', f'--process={i}', **devices)
+          for i in range(2)]
 
 
 def command(workdir, *words, **options):
@@ -64,3 +75,10 @@ def command(workdir, *words, **options):
   process = start(workdir, *words, **options)
   output, _ = process.communicate(timeout=300)
   return process.returncode, output
+
+
+def wait_for_step(process, step):
+  """Read what the process prints until it has logged `step`, or ends."""
+  for line in process.stdout:
+    if line.startswith(f'step {step}/'):
+      return

@@ -1,5 +1,4 @@
 """The program as it is typed: a process of its own, killed, stopped, short of disk, or given nonsense."""
-import random
 import signal
 import time
 
@@ -7,7 +6,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax.jobs import train
-from tests.jobs.runs import ROOT, command, flags, losses, start, tiny, trained_state
+from tests.jobs.runs import ROOT, command, flags, losses, start, tiny, trained_state, wait_for_step
 
 OFTEN = dict(checkpoint__every=1, train__steps=8)  # a save, or a part of one, at every instant
 
@@ -24,40 +23,6 @@ def equal(workdir, other):
   for a, b in zip(trained_state(tiny(**OFTEN), workdir), trained_state(tiny(**OFTEN), other), strict=True):
     np.testing.assert_array_equal(a, b)
   assert losses(workdir) == losses(other)
-
-
-def wait_for_step(process, step):
-  """Read what the process prints until it has logged `step`, or ends."""
-  for line in process.stdout:
-    if line.startswith(f'step {step}/'):
-      return
-
-
-def killed_run(workdir, kills, seed):
-  """Kill -9 the run at random instants of its training, then let it end. Returns how often it was killed in the loop."""
-  rng, struck = random.Random(seed), 0
-  for kill in range(kills):
-    process = start(workdir, *flags(**OFTEN))
-    wait_for_step(process, max(1, (kill + 1) * 7 // kills - rng.randrange(3)))
-    time.sleep(rng.uniform(0, 0.03))
-    struck += process.poll() is None
-    process.kill()
-    process.communicate()
-  status, output = command(workdir, *flags(**OFTEN))
-  assert status == 0 and 'Finished at step 8' in output, output
-  return struck
-
-
-def test_kill_9_loses_nothing(tmp_path, undisturbed):
-  assert killed_run(tmp_path / 'run', kills=2, seed=0) == 2
-  equal(tmp_path / 'run', undisturbed)
-
-
-@pytest.mark.slow
-def test_kill_9_loses_nothing_at_thirty_instants(tmp_path, undisturbed):
-  for seed in range(10):
-    assert killed_run(tmp_path / str(seed), kills=3, seed=seed + 1) >= 2
-    equal(tmp_path / str(seed), undisturbed)
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])

@@ -1,43 +1,56 @@
-"""Two real processes with four devices each, over loopback, train and sample as one process with eight devices does."""
-import os
-import socket
-import subprocess
-import sys
+"""Two real processes with four devices each, over loopback, train and sample as one with eight does, and stop together."""
+import signal
 
 import numpy as np
 import pytest
 
 from diffusion_jax.jobs import train
-from tests.jobs.runs import ROOT, losses, samples, tiny
+from tests.jobs.runs import command, flags, losses, samples, start_two, tiny, trained_state, wait_for_step
 
 FIELDS = dict(mesh='data=-1', sample__count=12, sample__batch=8, log__samples=2)
-PROGRAM = '''
-import sys
-from pathlib import Path
-import jax
-jax.config.update('jax_num_cpu_devices', 4)
-jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-from diffusion_jax.jobs import train
-from tests.jobs import runs, test_two_processes
-train.run(runs.tiny(**test_two_processes.FIELDS), Path(sys.argv[3]))
-'''
 
 
-def free_port():
-  with socket.socket() as probe:
-    probe.bind(('localhost', 0))
-    return probe.getsockname()[1]
+def ends(pair):
+  """(exit statuses, outputs) of processes that end."""
+  outputs = [process.communicate(timeout=400)[0] for process in pair]
+  return [process.returncode for process in pair], outputs
 
 
 @pytest.mark.slow
 def test_two_processes_are_one(tmp_path):
-  address = f'localhost:{free_port()}'
-  environment = {name: value for name, value in os.environ.items() if name != 'XLA_FLAGS'} | {'PYTHONPATH': str(ROOT)}
-  pair = [subprocess.Popen([sys.executable, '-c', PROGRAM, address, str(i), str(tmp_path / 'two')], cwd=ROOT, text=True,
-                           env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for i in range(2)]
-  outputs = [process.communicate(timeout=400)[0] for process in pair]
-  assert [process.returncode for process in pair] == [0, 0], '\n'.join(outputs)
+  status, outputs = ends(start_two(tmp_path / 'two', *flags(**FIELDS)))
+  assert status == [0, 0], '\n'.join(outputs)
   train.run(tiny(**FIELDS), tmp_path / 'one')
   two, one = (losses(tmp_path / name) for name in ('two', 'one'))
   np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=1e-5)
   np.testing.assert_allclose(*(samples(tmp_path / name)['x'].astype(int) for name in ('two', 'one')), atol=1)
+
+
+@pytest.mark.slow
+def test_sigterm_on_one_process_stops_both_at_one_step(tmp_path):
+  """It comes to the process that writes no logs; both save, leave, and go on to what the undisturbed pair ends with."""
+  fields = dict(mesh='data=-1', train__steps=100, checkpoint__every=1000)
+  pair = start_two(tmp_path / 'run', *flags(**fields))
+  wait_for_step(pair[0], 5)
+  pair[1].send_signal(signal.SIGTERM)
+  status, outputs = ends(pair)
+  assert status == [128 + signal.SIGTERM] * 2, '\n'.join(outputs)
+  assert 'SIGTERM at step' in outputs[0] and 'Traceback' not in ''.join(outputs)
+  assert 5 < max(losses(tmp_path / 'run')) < 100
+  for workdir in ('run', 'undisturbed'):
+    assert ends(start_two(tmp_path / workdir, *flags(**fields)))[0] == [0, 0]
+  config = tiny(**fields)
+  for a, b in zip(*(trained_state(config, tmp_path / name) for name in ('run', 'undisturbed')), strict=True):
+    np.testing.assert_array_equal(a, b)
+  assert losses(tmp_path / 'run') == losses(tmp_path / 'undisturbed')
+
+
+@pytest.mark.parametrize('words, sentence', [
+    (['--processes=2', '--process=0'], 'ERROR: --coordinator missing. Type all of --coordinator=HOST:PORT'),
+    (['--process=0'], '--coordinator and --processes missing'),
+    (['--coordinator=here', '--processes=2', '--process=0'], "--coordinator is 'here'; it must be HOST:PORT"),
+    (['--coordinator=here:1', '--processes=2', '--process=2'], '--process is 2; with --processes=2 it must be from 0 to 1'),
+])
+def test_half_of_the_flags_gets_a_sentence(tmp_path, words, sentence):
+  status, output = command(tmp_path / 'run', *words)
+  assert status == 1 and sentence in output and 'Traceback' not in output, output

@@ -1,7 +1,11 @@
-"""Checkpoints: what is saved comes back, on other devices too; what is damaged is moved aside and never used."""
+"""Checkpoints: what is saved comes back, on other devices too; what is damaged is named, moved aside and never used."""
 import gc
+import random
+import re
 import resource
 import shutil
+import sys
+import threading
 import warnings
 
 import jax
@@ -10,6 +14,7 @@ import optax
 import pytest
 from jax import numpy as jnp
 
+from diffusion_jax.runtime import manifest
 from diffusion_jax.runtime import mesh as meshes
 from diffusion_jax.runtime.checkpoints import Checkpoints, SaveError
 from diffusion_jax.runtime.step import State, init_state
@@ -129,40 +134,82 @@ def test_no_checkpoints_are_none(tmp_path):
   assert restore(tmp_path / 'new') is None
 
 
+def biggest(step):
+  return max((path for path in step.rglob('*') if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def flip_bit(step):
+  """In the middle of the data, where Orbax alone notices nothing."""
+  path = biggest(step)
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 1
+  path.write_bytes(content)
+  return f'{path.relative_to(step)} has another checksum than manifest.json says'
+
+
 def cut_file(step):
-  big = max((path for path in step.rglob('*') if path.is_file()), key=lambda path: path.stat().st_size)
-  assert big.stat().st_size > 10_000
-  big.write_bytes(big.read_bytes()[:2000])
+  path = biggest(step)
+  content = path.read_bytes()
+  assert len(content) > 10_000
+  path.write_bytes(content[:-1])
+  return f'{path.relative_to(step)} has {len(content) - 1} bytes in place of {len(content)}'
 
 
-def no_arrays(step):
-  for path in list(step.rglob('d')):  # OCDBT keeps its data in folders named d
-    shutil.rmtree(path)
+def empty_file(step):
+  path = biggest(step)
+  size = path.stat().st_size
+  path.write_bytes(b'')
+  return f'{path.relative_to(step)} has 0 bytes in place of {size}'
+
+
+def delete_file(step):
+  biggest(step).unlink()
+  return 'is missing'
+
+
+def extra_file(step):
+  (step / 'd' / 'stray').write_text('')
+  return 'd/stray does not belong to it'
 
 
 def no_metadata(step):
-  for path in step.rglob('_METADATA'):
+  (step / '_METADATA').unlink()
+  return '_METADATA is missing'
+
+
+def no_manifest(step):
+  (step / 'manifest.json').unlink()
+  return 'manifest.json is missing'
+
+
+def half_manifest(step):
+  path = step / 'manifest.json'
+  path.write_text(path.read_text()[:100])
+  return 'manifest.json cannot be read'
+
+
+def half_deleted(step):
+  """What a kill in the middle of deleting the folder would leave, were it deleted under its name."""
+  for path in sorted(path for path in step.rglob('*') if path.is_file())[::2]:
     path.unlink()
-
-
-def half_metadata(step):
-  for path in step.rglob('_METADATA'):
-    path.write_text(path.read_text()[:100])
+  return 'is missing'
 
 
 def empty_folder(step):
   shutil.rmtree(step)
   step.mkdir()
+  return 'manifest.json is missing'
 
 
-HARM = (cut_file, no_arrays, no_metadata, half_metadata, empty_folder)
+HARM = (flip_bit, cut_file, empty_file, delete_file, extra_file, no_metadata, no_manifest, half_manifest, half_deleted,
+        empty_folder)
 
 
 @pytest.mark.parametrize('harm', HARM)
 def test_a_damaged_checkpoint_is_moved_aside_and_the_one_before_it_used(folder, harm):
-  harm(folder / '4')
+  found = re.escape(harm(folder / '4'))
   checkpoints = Checkpoints(folder, 3)
-  with pytest.warns(UserWarning, match=r'The checkpoint .*checkpoints/4 is damaged \(.+\); it is moved to 4\.damaged'):
+  with pytest.warns(UserWarning, match=rf'checkpoints/4 is damaged \(.*{found}.*\); it is moved to 4\.damaged and the one'):
     back = checkpoints.restore(target_of(make_state(0)))
   assert_same(back, make_state(2))
   assert names(folder) == ['2', '4.damaged'] and checkpoints.steps() == [2]
@@ -194,13 +241,86 @@ def test_nothing_but_damaged_checkpoints_is_an_error(folder):
   assert names(folder) == ['2.damaged', '4.damaged']  # nothing is deleted
 
 
+def test_a_bit_flipped_anywhere_is_noticed(folder):
+  """In every file, at a random place; also in the manifest, where it takes the blame itself or puts it on a file."""
+  rng, target = random.Random(0), target_of(make_state(0))
+  files = sorted(path.relative_to(folder / '4') for path in (folder / '4').rglob('*') if path.is_file())
+  assert len(files) > 8
+  for name in files:
+    content = bytearray((folder / '4' / name).read_bytes())
+    place = rng.randrange(len(content))
+    content[place] ^= 1 << rng.randrange(8)
+    broken = shutil.copytree(folder, folder.parent / f'{name.name} {place}')
+    (broken / '4' / name).write_bytes(content)
+    assert manifest.damage(broken / '4'), name
+    assert name.name == 'manifest.json' or str(name) in manifest.damage(broken / '4')
+  checkpoints = Checkpoints(broken, 3)
+  with pytest.warns(UserWarning, match='is damaged'):
+    assert_same(checkpoints.restore(target), make_state(2))
+  checkpoints.close()
+
+
+def test_processes_share_the_reading_of_files(folder):
+  """A flipped bit is found by the one process in three whose share the file is."""
+  flip_bit(folder / '4')
+  found = [manifest.damage(folder / '4', part, 3) for part in range(3)]
+  assert sorted(map(bool, found)) == [False, False, True]
+
+
+def test_what_cannot_be_moved_is_named_and_passed_over(folder, monkeypatch):
+  flip_bit(folder / '4')
+  def fail(path, aside):
+    raise OSError(30, 'Read-only file system')
+  monkeypatch.setattr(type(folder), 'rename', fail)
+  with pytest.warns(UserWarning, match=r'it cannot be moved aside \(Read-only file system\) and the one before it is used'):
+    assert_same(restore(folder), make_state(2))
+  assert names(folder) == ['2', '4']
+
+
+def test_a_whole_checkpoint_that_does_not_fit_is_not_called_damaged(folder):
+  """Another shape: the files are as they were written, and stay."""
+  checkpoints = Checkpoints(folder, 3)
+  with pytest.raises(ValueError, match=r'checkpoints/4 is whole, but this program cannot read it \('):
+    checkpoints.restore(target_of(make_state(0, size=17)))
+  checkpoints.close()
+  assert names(folder) == ['2', '4']
+
+
 def test_a_save_that_was_killed_is_no_checkpoint(folder):
-  """What a kill leaves: the newer step's folder under a temporary name."""
-  left = folder / '6.orbax-checkpoint-tmp-17'
-  shutil.copytree(folder / '4', left)
-  empty_folder(left)
+  """What a kill leaves of a save, and of the deletion of an old step, lies in `partial`; the next save sweeps it up."""
+  for left in ('6', '6.orbax-checkpoint-tmp', '1'):
+    shutil.copytree(folder / '4', folder / 'partial' / left)
+  (folder / 'partial' / '1' / '_METADATA').unlink()
   assert_same(restore(folder), make_state(4))
-  assert '6' not in names(folder)
+  assert names(folder) == ['2', '4', 'partial']
+  save(folder, (6,), keep=2)
+  assert names(folder) == ['4', '6']
+  assert_same(restore(folder), make_state(6))
+
+
+def test_a_step_has_its_name_only_with_its_manifest(folder, monkeypatch):
+  """A kill between Orbax's commit and ours: nothing has the name of a step, and the run goes on from the step before."""
+  monkeypatch.setattr(manifest, 'write', lambda folder: sys.exit('killed'))
+  checkpoints = Checkpoints(folder, 3)
+  checkpoints.save(6, make_state(6))
+  with pytest.raises(SystemExit):
+    checkpoints.wait()
+  checkpoints.close()
+  assert names(folder) == ['2', '4', 'partial'] and names(folder / 'partial') == ['6']
+  assert_same(restore(folder), make_state(4))
+
+
+def test_a_save_returns_before_anything_is_written(tmp_path, monkeypatch):
+  """Whatever the disk does: save waits for none of it, and the one after it does."""
+  checkpoints, gate, write = Checkpoints(tmp_path, 2), threading.Event(), manifest.write
+  monkeypatch.setattr(manifest, 'write', lambda folder: (gate.wait(60), write(folder)))
+  checkpoints.save(3, make_state(3))
+  assert checkpoints.steps() == []  # written it is not
+  gate.set()
+  checkpoints.save(5, make_state(5))
+  assert 3 in checkpoints.steps()
+  checkpoints.close()
+  assert checkpoints.steps() == [3, 5]
 
 
 def test_keep_deletes_none_but_the_oldest(tmp_path):
@@ -222,26 +342,25 @@ def test_keep_counts_the_damaged_ones_for_nothing(folder):
   checkpoints.close()
 
 
-def test_a_save_that_fails_at_once_gets_a_sentence(folder, monkeypatch):
+def test_a_save_that_fails_gets_a_sentence(folder, monkeypatch):
   checkpoints = Checkpoints(folder, 3)
   def fail(*args, **options):
     raise OSError(28, 'No space left on device')
-  monkeypatch.setattr(checkpoints._manager, 'save', fail)
+  monkeypatch.setattr(checkpoints._orbax, 'save', fail)
+  checkpoints.save(6, make_state(6))
   with pytest.raises(SaveError, match=r'could not be saved in .*No space left on device\. The newest complete one is '
                      'of step 4. Make room, then type the same command'):
-    checkpoints.save(6, make_state(6))
+    checkpoints.wait()
   checkpoints.close()
 
 
 def test_a_first_save_that_fails_says_that_there_is_none(tmp_path):
-  """The folder has become a file."""
-  checkpoints = Checkpoints(tmp_path / 'new', 3)
-  checkpoints._manager.wait_until_finished()
-  (tmp_path / 'new').rmdir()
+  """The folder is a file."""
   (tmp_path / 'new').write_text('')
+  checkpoints = Checkpoints(tmp_path / 'new', 3)
+  checkpoints.save(1, make_state(1))
   with pytest.raises(SaveError, match='could not be saved in .*There is no complete one'):
-    checkpoints.save(1, make_state(1))
-    checkpoints.wait()
+    checkpoints.close()
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 from jax import numpy as jnp
 
 from diffusion_jax.runtime import mesh as meshes
-from diffusion_jax.runtime.step import init_state, train_step
+from diffusion_jax.runtime.step import init_state, train_step, worst_layer
 
 TOTAL = 16
 RATE = optax.constant_schedule(0.1)
@@ -57,7 +57,7 @@ def assert_same(ours, theirs):
 
 def test_the_first_state():
   state = init_state(init, OPTIMIZER, (0.9, 0.99), 5)
-  assert (int(state.step), int(state.skipped), set(state.ema)) == (0, 0, {'0.9', '0.99'})
+  assert (int(state.step), int(state.skipped), int(state.in_row), set(state.ema)) == (0, 0, 0, {'0.9', '0.99'})
   assert_same(state.ema['0.9'], state.params)
   assert_same(init_state(init, OPTIMIZER, (0.9, 0.99), 5), state)
   other = init_state(init, OPTIMIZER, (0.9, 0.99), 6)
@@ -113,9 +113,26 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counts(state, field):
   for name in ('params', 'optimizer', 'ema', 'extra', 'key'):
     assert_same(getattr(after, name), getattr(state, name))
   assert (int(after.step), int(after.skipped), int(metrics['skipped'])) == (int(state.step) + 1, 1, 1)
+  again, metrics = step_fn(after, batch)
+  assert (int(again.skipped), int(again.in_row), int(metrics['in_row'])) == (2, 2, 2)
   later, metrics = step_fn(after, make_batch())
-  assert metrics['finite'] and int(later.skipped) == 1
+  assert metrics['finite'] and (int(later.skipped), int(later.in_row)) == (1, 0)
   assert (later.params['w'] != state.params['w']).all()
+
+
+def test_the_worst_layer_is_named(state):
+  """The kink breaks the slope of b alone."""
+  _, metrics = step_fn(state, make_batch())
+  assert worst_layer(state.params, metrics['broken']) == 'its gradient is finite in all parameters'
+  batch = make_batch()
+  batch['kink'][3] = 1
+  _, metrics = step_fn(state, batch)
+  assert metrics['broken'].tolist() == [1, 0]
+  name = worst_layer(state.params, metrics['broken'])
+  assert name == 'the worst layer is b, with 1 of 1 entries of its gradient not finite'
+  batch['x'][3] = np.inf  # and now that of w in all of its entries
+  _, metrics = step_fn(state, batch)
+  assert 'the worst layer is outer/w, with 3 of 3' in worst_layer({'outer': state.params}, metrics['broken'])
 
 
 def test_devices_do_not_change_the_step(state):
