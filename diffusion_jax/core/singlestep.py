@@ -31,18 +31,13 @@ def dpm_solver(order: int = 2, eta: float = 0.0) -> Solver:
   """
   if order not in (1, 2, 3):
     raise ValueError(f'dpm_solver has the orders 1, 2 and 3; got {order}.')
-  def second(process, denoise, x, x0, t, s):
-    middle, h = between(process, t, s, 0.5), width(t, s)
-    ahead = transfer(x, x0, t, middle)
-    change = noise_change(denoise, x, x0, t, ahead, middle)
-    return combine((1.0, transfer(x, x0, t, s)), (-s.sigma * jnp.expm1(h), change))
   def third(process, denoise, x, x0, t, s):
     h, (near, far) = width(t, s), (between(process, t, s, share) for share in (1 / 3, 2 / 3))
     one = noise_change(denoise, x, x0, t, transfer(x, x0, t, near), near)
     ahead = combine((1.0, transfer(x, x0, t, far)), (-2 * far.sigma * _slope(2 / 3 * h), one))
     two = noise_change(denoise, x, x0, t, ahead, far)
     return combine((1.0, transfer(x, x0, t, s)), (-1.5 * s.sigma * _slope(h), two))
-  move = {1: first_order, 2: second, 3: third}[order]
+  move = {1: first_order, 2: _through_middle, 3: third}[order]
   return ancestral_form('dpm_solver', move, eta, order, calls=order)
 
 
@@ -58,13 +53,9 @@ def dpm_2s(eta: float = 0.0) -> Solver:
 
 
 def dpm2(eta: float = 0.0) -> Solver:
-  """The midpoint method over sigma / alpha, its middle the geometric mean (k-diffusion; arXiv:2206.00364, app. D). Order 2,
-  two calls. eta > 0 goes down to less noise and adds fresh noise, as `ddim` does."""
-  def move(process, denoise, x, x0, t, s):
-    middle = between(process, t, s, 0.5)
-    change = noise_change(denoise, x, x0, t, transfer(x, x0, t, middle), middle)
-    return combine((1.0, transfer(x, x0, t, s)), (stretch(t, s), change))
-  return ancestral_form('dpm2', move, eta, order=2, calls=2)
+  """The midpoint method over sigma / alpha, its middle the geometric mean (k-diffusion; arXiv:2206.00364, app. D), which is
+  `dpm_solver(2, eta)` by another name."""
+  return ancestral_form('dpm2', _through_middle, eta, order=2, calls=2)
 
 
 def rk4() -> Solver:
@@ -165,6 +156,13 @@ def noise_change(denoise, x: PyTree, x0: PyTree, t: Level, ahead: PyTree, middle
   """The noise that is seen at `ahead`, less that at x."""
   there = noise_of(middle, ahead, denoise(ahead, middle).x0)
   return combine((1.0, there), (-1.0, noise_of(t, x, x0)))
+
+
+def _through_middle(process, denoise, x, x0, t, s):
+  """The whole step with the noise of its middle."""
+  middle = between(process, t, s, 0.5)
+  change = noise_change(denoise, x, x0, t, transfer(x, x0, t, middle), middle)
+  return combine((1.0, transfer(x, x0, t, s)), (stretch(t, s), change))
 
 
 def _slope(h: Array) -> Array:
