@@ -52,8 +52,10 @@ def cfg_zero(weight: float, still: float = 0.0, during: tuple[float, float] = (0
   the schedule, so this serves all of a Gaussian. While t > 1 - still the velocity is 0 (the paper's zero-init), that is,
   x0 = x / (alpha + sigma). Raises ValueError as `guide` does and where still is not in [0, 1).
   """
-  if not 0 <= still < 1 or still and during[1] <= 1 - still:
-    raise ValueError(f'cfg_zero needs 0 <= still < 1, and guidance during t > 1 - still; got {still} and {during}.')
+  if not 0 <= still < 1:
+    raise ValueError(f'cfg_zero needs 0 <= still < 1; got {still}.')
+  if still and during[1] <= 1 - still:
+    raise ValueError(f'cfg_zero stands still at t > {1 - still:g}, where during={during} lets nothing act: raise its end.')
   def rule(x, level, given, null):
     on_path = combine((1 / (level.alpha + level.sigma), x))
     to_given, to_null = (combine((1.0, on_path), (-1.0, x0)) for x0 in (given, null))  # velocities times the flow's time

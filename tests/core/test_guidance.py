@@ -394,6 +394,8 @@ def test_nothing_is_added_where_the_factor_has_no_value(row):
   (lambda: guidance.perpendicular(2.0, {}, float('nan')), 'perpendicular needs a finite negative_weight; got nan.'),
   (lambda: guidance.rescale(2.0, 1.2), 'rescale needs 0 <= phi <= 1; got 1.2.'),
   (lambda: guidance.cfg_zero(2.0, 1.0), 'cfg_zero needs 0 <= still < 1; got 1.0.'),
+  (lambda: guidance.cfg_zero(2.0, 0.1, (0.0, 0.8)),
+   'cfg_zero stands still at t > 0.9, where during=(0.0, 0.8) lets nothing act: raise its end.'),
   (lambda: guidance.apg(2.0, radius=0.0), 'apg needs radius > 0; got 0.0.'),
   (lambda: guidance.apg(2.0, float('nan')), 'apg needs a finite parallel; got nan.'),
   (lambda: guidance.guide(2.0, negative={'colour': 1})(Counted())(X, PROCESS.level(0.5), {'label': LABEL, 'text': X}),
