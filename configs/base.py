@@ -9,7 +9,12 @@ from ml_collections import ConfigDict
 def get_config():
   config = ConfigDict()
   config.seed = 0  # of the parameters, the data order, the noise
-  config.mesh = 'data=-1'  # devices that share a batch; -1: all of the job, or of the slice that is planned for
+  # Sizes of the axes data (devices that share a batch), fsdp (that share a batch and the state too) and tensor (that share
+  # the channels); -1: what is left of the devices of the job, or of the slice that is planned for.
+  config.mesh = 'data=-1'
+  # Rules of runtime/sharding.py for parameters by regular expressions over their paths, the first that is found counts:
+  # (('conv_1/kernel', 'tensor(-1) | fsdp()'), ('.*', 'fsdp()')); (): those of the network, method.SHARDING.
+  config.sharding = ()
 
   # The mathematics (diffusion_jax/core)
   config.schedule = 'cosine()'  # schedules.py, betas.py: t -> (alpha, sigma); 'discrete(linear_betas(1000))'
@@ -45,6 +50,7 @@ def get_config():
   config.train = ConfigDict()
   config.train.steps = 1000
   config.train.batch = 128  # examples a step, over all devices
+  config.train.accumulate = 1  # parts of a batch that are taken one after the other, in as much less memory
   config.train.drop = 0.1  # probability that an example's condition is dropped
   config.train.ema = (0.999,)  # decays of the moving averages of the parameters; the first is sampled by default
   config.train.nonfinite = 'stop'  # a loss or gradient that is not finite: 'stop', or 'skip' the step and count it

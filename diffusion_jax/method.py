@@ -41,6 +41,9 @@ from diffusion_jax.networks import embed, unet
 from diffusion_jax.tasks.task import Task
 
 NETWORKS = {'UNet': unet.UNet}
+SHARDING = {'UNet': (('(conv_1|norm_2|time)/', 'tensor(-1) | fsdp()'),  # of a residual block: the first convolution makes
+                     ('conv_2/kernel', 'tensor(-2) | fsdp()'),  # a part of the channels, which the second one sums over
+                     ('.*', 'fsdp()'))}
 SCHEDULES = {**rows(schedules, Schedule), **rows(schedules, Learned), **rows(betas, Schedule), **rows(betas, betas.Betas)}
 SOLVERS = {**rows(solvers, Solver), **rows(singlestep, Solver), **rows(multistep, Solver), **rows(correctors, Solver)}
 TRANSFORMS = {**rows(guidance, Transform), **rows(constraints, Transform)}
@@ -51,7 +54,8 @@ class Method(NamedTuple):
   """What is trained. `params` are {'params': the network's} with an entry beside it for every learned part of the
   mathematics; `extra` is what training keeps and no gradient moves."""
   init: Callable  # key -> (params, extra)
-  loss: Callable  # (params, extra, draw, batch) -> (losses [B], extra, metrics)
+  loss: Callable  # (params, extra, draw, batch) -> (losses [B], news, metrics), news being arrays [B, ...] by name
+  update: Callable  # (extra, news of a global batch in the order of its index) -> extra
   denoiser: Callable[[PyTree, PyTree], Denoiser]  # (params, extra) -> denoiser
   process: Callable[[PyTree], Gaussian]  # params -> process
   times: Callable[[PyTree], Times]  # extra -> the law of the training times
@@ -106,18 +110,21 @@ def make_method(config: ConfigDict, task: Task) -> Method:
       return loss(network(params, draw.part(types.DROPOUT).keys), draw, x0, cond, None)
     values = _train_schedule(values_of, params) if 'schedule' in learned else values_of(params)
     level = process(params).level(drawn.sample(process(params), draw.part(types.TIMES)))  # the same draw as in the loss
-    metrics = {}
+    news, metrics = {}, {}
     if adaptive:
-      extra = {'times': law.update(extra['times'], level.t, jax.lax.stop_gradient(values))}
+      news = {'t': level.t, 'losses': jax.lax.stop_gradient(values)}
       values = values / drawn.density(process(params), level.t)
     if uncertainty:
       metrics = {'plain_loss': values.mean()}
       log_variance = uncertainty.bind(params['uncertainty'])(level.logsnr)
       values = values * jnp.exp(-log_variance) + log_variance
-    return values, extra, metrics
+    return values, news, metrics
+
+  def update(extra, news):
+    return {'times': law.update(extra['times'], news['t'], news['losses'])} if adaptive else extra
 
   denoiser = lambda params, extra: targets.denoiser(process(params), _target(config), network(params))
-  return Method(init, training_loss, denoiser, process, chosen)
+  return Method(init, training_loss, update, denoiser, process, chosen)
 
 
 def make_network(config: ConfigDict, task: Task) -> nn.Module:
@@ -131,6 +138,11 @@ def make_network(config: ConfigDict, task: Task) -> nn.Module:
   x, cond = _example(task)
   jax.eval_shape(net.init, jax.random.key(0), x, jnp.zeros(1), cond)
   return net
+
+
+def default_sharding(config: ConfigDict) -> tuple[tuple[str, str], ...]:
+  """The rules of config.sharding for the backbone of a config, where it gives none."""
+  return SHARDING.get(config.network.partition('(')[0].strip(), (('.*', 'fsdp()'),))
 
 
 def make_sampling(config: ConfigDict, transform: str) -> Sampling:

@@ -13,10 +13,11 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from diffusion_jax.core import sampling
+from diffusion_jax.core.processes import Gaussian
 from diffusion_jax.core.types import example_keys
-from diffusion_jax.method import Method, make_likelihood, make_method, make_sampling
+from diffusion_jax.method import Method, default_sharding, make_likelihood, make_method, make_sampling
 from diffusion_jax.runtime import mesh as meshes
-from diffusion_jax.runtime import optimizers
+from diffusion_jax.runtime import optimizers, sharding
 from diffusion_jax.runtime.checkpoints import Checkpoints
 from diffusion_jax.runtime.step import State, init_state, train_step
 from diffusion_jax.runtime.workdir import check_resumable, load_config
@@ -43,12 +44,12 @@ def open_run(config: ConfigDict, workdir: Path, read: bool, devices: Sequence[ja
   """
   keep_compiled()
   mesh = meshes.make_mesh(config.mesh, devices)
-  meshes.check_divisible(config.train.batch, mesh, 'config.train.batch')
-  for name in ('train.steps', 'train.batch', 'sample.batch', 'evaluate.batch', 'log.every', 'checkpoint.every',
+  for name in ('train.steps', 'train.batch', 'train.accumulate', 'sample.batch', 'evaluate.batch', 'log.every', 'checkpoint.every',
                'checkpoint.keep'):
     group, _, field = name.partition('.')
     if config[group][field] < 1:
       raise ValueError(f'config.{name} is {config[group][field]}; it must be 1 or more.')
+  _check_shares(config.train.batch, meshes.ways(mesh), config.train.accumulate)
   for name in ('count', 'bits'):
     if config.evaluate[name] < 0 or config.evaluate[name] == 1:
       raise ValueError(f'config.evaluate.{name} is {config.evaluate[name]}; legal are 0, for none, and 2 or more.')
@@ -67,11 +68,21 @@ def open_run(config: ConfigDict, workdir: Path, read: bool, devices: Sequence[ja
   o = config.optimizer
   rate = optimizers.schedule(o.rate, o.warmup, o.decay, config.train.steps)
   optimizer = optimizers.adamw(rate, o.b1, o.b2, o.eps, o.weight_decay, o.clip)
+  config.sharding = tuple(config.sharding) or default_sharding(config)
   run = Run(config, workdir, mesh, task, method, optimizer, rate)
+  state_shapes(run)  # every rule of config.sharding can be applied
   make_likelihood(config)
   for transform in {config.transform, *config.evaluate.transforms}:
     check_sampling(run, transform)
   return run
+
+
+def _check_shares(batch: int, devices: int, parts: int) -> None:
+  """Raise ValueError if a batch cannot be cut evenly over the devices and the parts in which it is taken."""
+  if batch % (devices * parts):
+    taken = f', in config.train.accumulate={parts} parts,' if parts > 1 else ''
+    raise ValueError(f'config.train.batch is {batch}, which {devices} devices{taken} cannot share evenly: choose a multiple '
+                     f'of {devices * parts}.')
 
 
 def keep_compiled() -> None:
@@ -91,18 +102,34 @@ def open_checkpoints(run: Run) -> Checkpoints:
 
 def state_shapes(run: Run) -> State:
   """The state as shapes, with where they lie."""
-  return _placed(jax.eval_shape(fresh_state(run)), meshes.replicated(run.mesh))
+  state = jax.eval_shape(fresh_state(run))
+  places = sharding.shardings(state.params, run.config.sharding, run.mesh)
+  return _placed(state, sharding.follow(state, state.params, places, run.mesh))
+
+
+def new_state(run: Run) -> State:
+  """The state before the first step, made where it lies."""
+  return jax.jit(fresh_state(run), out_shardings=_places(state_shapes(run)))()
 
 
 def batch_shapes(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
   """A batch of training as shapes, with where they lie. No data are read."""
   row = {**run.task.row, 'index': jax.ShapeDtypeStruct((), np.int32)}
   rows = {name: jax.ShapeDtypeStruct((run.config.train.batch, *leaf.shape), leaf.dtype) for name, leaf in row.items()}
-  return _placed(rows, meshes.by_example(run.mesh))
+  return _by_example(rows, run.mesh)
 
 
-def _placed(shapes: PyTree, sharding: NamedSharding) -> PyTree:
-  return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
+def _by_example(rows: PyTree, mesh: Mesh) -> PyTree:
+  return _placed(rows, jax.tree.map(lambda leaf: meshes.by_example(mesh), rows))
+
+
+def _placed(shapes: PyTree, places: PyTree) -> PyTree:
+  """The shapes with where they lie."""
+  return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places)
+
+
+def _places(placed: PyTree) -> PyTree:
+  return jax.tree.map(lambda leaf: leaf.sharding, placed)
 
 
 def restore(run: Run, checkpoints: Checkpoints) -> State | None:
@@ -112,8 +139,10 @@ def restore(run: Run, checkpoints: Checkpoints) -> State | None:
 
 def trace_step(run: Run, state: PyTree, batch: PyTree) -> jax.stages.Traced:
   """The one training step, traced on arrays or shapes: (state, batch) -> (state, metrics). It takes the state's memory."""
-  step = partial(train_step, loss=run.method.loss, optimizer=run.optimizer, rate=run.rate, total=run.config.train.batch)
-  return jax.jit(step, donate_argnums=0, out_shardings=meshes.replicated(run.mesh)).trace(state, batch)
+  step = partial(train_step, loss=run.method.loss, update=run.method.update, optimizer=run.optimizer, rate=run.rate,
+                 total=run.config.train.batch, parts=run.config.train.accumulate)
+  places = _places(state), meshes.replicated(run.mesh)
+  return jax.jit(step, donate_argnums=0, out_shardings=places).trace(state, batch)
 
 
 def trained(run: Run) -> State:
@@ -141,6 +170,12 @@ def chosen_params(run: Run, state: State) -> PyTree:
   return state.params if name == '0.0' else state.ema[name]
 
 
+def trained_process(run: Run, state: State) -> Gaussian:
+  """The process of the run, with what of it is learned on this host."""
+  params = {name: part for name, part in chosen_params(run, state).items() if name != 'params'}
+  return run.method.process(jax.tree.map(meshes.gather, params))
+
+
 def sampling_program(run: Run, transform: str, keep: bool = False) -> Callable:
   """(params, extra, index [B], cond) -> samples, or, to keep the way, (xts, x0 estimates): a pure function.
 
@@ -157,7 +192,7 @@ def sampling_program(run: Run, transform: str, keep: bool = False) -> Callable:
 
 def check_sampling(run: Run, transform: str) -> None:
   """Trace the sampler without computing anything. Raises ValueError where the config cannot be sampled."""
-  index = np.arange(run.mesh.size, dtype=np.int32)
+  index = np.arange(meshes.ways(run.mesh), dtype=np.int32)
   params, extra = jax.eval_shape(run.method.init, jax.random.key(0))
   jax.eval_shape(sampling_program(run, transform), params, extra, index, run.task.context(index))
 
@@ -166,22 +201,20 @@ def make_sampler(run: Run, transform: str, keep: bool = False) -> Callable:
   """The compiled sampling program as a function of (params, extra, index [B]), what to sample being task.context(index)."""
   program = jax.jit(sampling_program(run, transform, keep))
   def sampler(params, extra, index):
-    local = np.split(index, jax.process_count())[jax.process_index()]
-    rows = meshes.put({'index': local, 'cond': run.task.context(local)}, run.mesh)
-    return program(params, extra, rows['index'], rows['cond'])
+    return program(params, extra, *meshes.place((index, run.task.context(index)), run.mesh))
   return sampler
 
 
 def trace_sampler(run: Run) -> jax.stages.Traced:
   """The sampling program of config.transform for one batch, traced on shapes."""
   state, index = state_shapes(run), np.arange(shared(run, run.config.sample.batch), dtype=np.int32)
-  rows = _placed((index, run.task.context(index)), meshes.by_example(run.mesh))
+  rows = _by_example((index, run.task.context(index)), run.mesh)
   return jax.jit(sampling_program(run, run.config.transform)).trace(chosen_params(run, state), state.extra, *rows)
 
 
 def shared(run: Run, count: int) -> int:
   """`count` rounded up to what the devices can share evenly."""
-  return -(-count // run.mesh.size) * run.mesh.size
+  return -(-count // meshes.ways(run.mesh)) * meshes.ways(run.mesh)
 
 
 def draw(run: Run, sampler: Callable, state: State, count: int, batch: int) -> np.ndarray:
@@ -191,7 +224,9 @@ def draw(run: Run, sampler: Callable, state: State, count: int, batch: int) -> n
   parts = []
   for first in range(0, count, batch):
     index = np.arange(first, first + batch, dtype=np.int32)
-    parts.append(run.task.decode(meshes.gather(sampler(params, state.extra, index))))
+    with jax.transfer_guard('disallow'):
+      samples = meshes.gather(sampler(params, state.extra, index))
+    parts.append(run.task.decode(samples))
   return np.concatenate(parts)[:count]
 
 

@@ -72,7 +72,8 @@ def test_the_sampler_follows_the_learned_schedule():
 def test_importance_keeps_the_expected_loss_and_learns_from_it():
   """At first uniform; each step's losses go into its history; what is drawn more often counts less."""
   method, params, extra, loss = prepare(times='importance(2, 1)')
-  plain, after, _ = loss(params, extra)
+  plain, news, _ = loss(params, extra)
+  after = method.update(extra, news)
   assert (np.asarray(after['times']['count']) > 0).all() and int(after['times']['count'].sum()) == BATCH
   history = {'losses': jnp.array([[1.0], [3.0]]), 'count': jnp.array([1, 1])}
   law = method.times({'times': history})

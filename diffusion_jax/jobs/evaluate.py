@@ -9,7 +9,17 @@ from ml_collections import ConfigDict
 from diffusion_jax.core import likelihood
 from diffusion_jax.core.types import example_keys
 from diffusion_jax.method import make_likelihood
-from diffusion_jax.run import Run, chosen_ema, chosen_params, draw, make_sampler, open_run, provenance, trained
+from diffusion_jax.run import (
+  Run,
+  chosen_ema,
+  chosen_params,
+  draw,
+  make_sampler,
+  open_run,
+  provenance,
+  shared,
+  trained,
+)
 from diffusion_jax.runtime import mesh as meshes
 from diffusion_jax.runtime import workdir as workdirs
 from diffusion_jax.runtime.logs import say, table
@@ -56,13 +66,12 @@ def bits_per_entry(this: Run, state: State) -> dict:
   for split in ('held_out', 'train'):
     rows = this.task.examples(split, c.evaluate.bits)
     count = len(rows['x'])
-    batch = -(-min(c.evaluate.batch, count) // this.mesh.size) * this.mesh.size
+    batch = shared(this, min(c.evaluate.batch, count))
     parts = []
     for first in range(0, count, batch):
       index = np.minimum(np.arange(first, first + batch), count - 1)  # the last batch is filled up; the surplus is cut off
-      local = np.split(index, jax.process_count())[jax.process_index()]
-      part = {'index': local.astype(np.int32), **{name: value[local] for name, value in rows.items()}}
-      parts.append(meshes.gather(program(chosen_params(this, state), state.extra, meshes.put(part, this.mesh))))
+      part = {'index': index.astype(np.int32), **{name: value[index] for name, value in rows.items()}}
+      parts.append(meshes.gather(program(chosen_params(this, state), state.extra, meshes.place(part, this.mesh))))
     values = np.concatenate(parts)[:count]
     mean, error, _ = map(float, likelihood.summary(values))
     found[split] = {'bits': mean, 'standard_error': error, 'images': count}

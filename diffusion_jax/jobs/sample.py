@@ -9,7 +9,17 @@ from ml_collections import ConfigDict
 from diffusion_jax import pictures
 from diffusion_jax.core.types import example_keys, fold
 from diffusion_jax.method import make_sampling
-from diffusion_jax.run import Run, chosen_params, draw, make_sampler, open_run, provenance, trained
+from diffusion_jax.run import (
+  Run,
+  chosen_params,
+  draw,
+  make_sampler,
+  open_run,
+  provenance,
+  shared,
+  trained,
+  trained_process,
+)
 from diffusion_jax.runtime import mesh as meshes
 from diffusion_jax.runtime import workdir as workdirs
 from diffusion_jax.runtime.logs import say
@@ -52,11 +62,10 @@ def sheet(this: Run, samples: np.ndarray) -> np.ndarray:
 
 def write_trajectory(this: Run, state: State) -> list[Path]:
   """trajectory.png and trajectory.gif: a sample being noised, and noise becoming that sample, with the estimates of x0."""
-  c, params, mesh = this.config, chosen_params(this, state), this.mesh
-  process = this.method.process(params)
-  index = np.arange(-(-10 // mesh.size) * mesh.size, dtype=np.int32)
+  c, process = this.config, trained_process(this, state)
+  index = np.arange(shared(this, 10), dtype=np.int32)
   sampler = make_sampler(this, c.transform, keep=True)
-  xts, x0s = map(meshes.gather, sampler(params, state.extra, index))
+  xts, x0s = map(meshes.gather, sampler(chosen_params(this, state), state.extra, index))
   x0s = np.concatenate([x0s, xts[-1:]])  # at t = 0 the estimate is the sample
   grid = make_sampling(c, c.transform).grid
   level = process.level(grid)
@@ -83,7 +92,7 @@ def write_trajectory(this: Run, state: State) -> list[Path]:
 
 def write_schedule(this: Run, state: State) -> Path:
   """schedule.png: the schedule of the run, its training times and its grid."""
-  c, process = this.config, this.method.process(chosen_params(this, state))
+  c, process = this.config, trained_process(this, state)
   t = np.linspace(0, 1, 402)[1:-1]
   level = process.level(t)
   density = this.method.times(state.extra).density(process, level.t) / np.abs(np.asarray(process.logsnr_slope(level)))

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from diffusion_jax.jobs import evaluate, sample
 from diffusion_jax.pictures import save_png
-from diffusion_jax.run import Run, draw, fresh_state, make_sampler, open_checkpoints, open_run, restore, trace_step
+from diffusion_jax.run import Run, draw, make_sampler, new_state, open_checkpoints, open_run, restore, trace_step
 from diffusion_jax.runtime import input as inputs
 from diffusion_jax.runtime import mesh as meshes
 from diffusion_jax.runtime import workdir as workdirs
@@ -25,10 +25,7 @@ def run(config: ConfigDict, workdir: Path) -> int:
   this = open_run(config, workdir, read=True)
   workdirs.open_workdir(this.config, workdir)
   checkpoints = open_checkpoints(this)
-  everywhere = meshes.replicated(this.mesh)
-  state = restore(this, checkpoints)
-  if state is None:
-    state = jax.jit(fresh_state(this), out_shardings=everywhere)()
+  state = restore(this, checkpoints) or new_state(this)
   start, steps = int(state.step), this.config.train.steps
   if start >= steps and finished_step(workdir) == start:
     say(f'This run is finished, at step {start}. Its results are in {workdir}. To go on, type a larger '
@@ -50,14 +47,14 @@ def run(config: ConfigDict, workdir: Path) -> int:
 def fit(this: Run, state: State, checkpoints: Checkpoints, stop: Stop) -> State:
   """The training loop. It leaves, saved, at config.train.steps or when `stop` has a name."""
   c, start = this.config, int(state.step)
-  host = this.task.batches(start, c.train.batch, jax.process_index(), jax.process_count())
+  host = this.task.batches(start, c.train.batch, *meshes.part(this.mesh))
   stream = inputs.to_device(host, this.mesh)
   batch = next(stream)
   step_fn = compile_step(this, state, batch)
   checkpoints.prepare(state)
   sampler = make_sampler(this, c.transform)
   before = None  # the metrics of the last step, read once the next one is on its way
-  with Log(this.workdir, start, c.train.steps, c.log.every, c.train.batch) as log:
+  with Log(this.workdir, start, c.train.steps, c.log.every, c.train.batch) as log, jax.transfer_guard('disallow'):
     for step in range(start + 1, c.train.steps + 1):
       state, metrics = step_fn(state, batch)
       stop.look(step)
@@ -94,13 +91,14 @@ def compile_step(this: Run, state: State, batch: dict):
       'network': this.config.network,
       'parameters': f'{parameters:,}',
       'FLOPs': f'{flops / this.config.train.batch / 1e6:,.1f} million an example and training step',
-      'memory': f'{sum(leaf.nbytes for leaf in leaves(state)) / 2**20:,.0f} MiB of state{temporary}, a device',
+      'memory': f'{meshes.shard_bytes(state) / 2**20:,.0f} MiB of state{temporary}, a device',
       'steps': f'{int(state.step):,} of {this.config.train.steps:,}, {this.config.train.batch} examples each'})
   return compiled
 
 
 def report(this: Run, log: Log, step: int, metrics: dict) -> None:
   """Log a step; raise FloatingPointError if it was not finite and the config says to stop."""
+  metrics = jax.device_get(metrics)
   c, finite, in_row = this.config.train, bool(metrics['finite']), int(metrics['in_row'])
   hidden = ('finite', 'broken', 'in_row')
   log.scalars(step, {name: value for name, value in metrics.items() if name not in hidden}, always=not finite)
@@ -108,7 +106,7 @@ def report(this: Run, log: Log, step: int, metrics: dict) -> None:
     params, _ = jax.eval_shape(this.method.init, jax.random.key(0))
     raise FloatingPointError(
         f'Step {step} has loss {float(metrics["loss"])} and gradient norm {float(metrics["grad_norm"])}, the '
-        f'{in_row}. in a row that is not finite; {worst_layer(params, np.asarray(metrics["broken"]))}. Its update was not '
+        f'{in_row}. in a row that is not finite; {worst_layer(params, metrics["broken"])}. Its update was not '
         'applied. Lower --config.optimizer.rate' + (', or type --config.train.nonfinite=skip, in a new --workdir.'
                                                    if c.nonfinite == 'stop' else ' in a new --workdir.'))
 

@@ -1,4 +1,4 @@
-"""Devices: the mesh over them, and how arrays lie on it."""
+"""Devices: the mesh over them, and how the rows of a batch lie on it."""
 import math
 import re
 from collections.abc import Sequence
@@ -9,24 +9,53 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
+AXES = ('data', 'fsdp', 'tensor')
+"""Of every mesh. Rows are cut over data and fsdp, the state over fsdp and tensor, as runtime/sharding.py says."""
+
 
 def make_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """The mesh that a string such as 'data=-1' names; -1 takes all devices, 'data=2' the first two.
+  """The mesh that a string such as 'data=-1,fsdp=8,tensor=2' names; an axis that is left out has size 1, -1 takes what is
+  left of the devices, 'data=2' the first two.
 
   `devices` are by default those of this job.
 
-  Raises ValueError where the string is not of that form or asks for more devices than there are.
+  Raises ValueError where the string is not of that form or the devices cannot be laid out so.
   """
-  match = re.fullmatch(r'data=(-?\d+)', text.replace(' ', ''))
-  if not match:
-    raise ValueError(f"config.mesh is {text!r}; legal is 'data=N', with N devices or -1 for all of them.")
-  devices = jax.devices() if devices is None else devices
-  count = len(devices) if match[1] == '-1' else int(match[1])
-  if not 1 <= count <= len(devices):
-    raise ValueError(f'config.mesh is {text!r}, but this job has {len(devices)} devices.')
+  devices = list(jax.devices() if devices is None else devices)
+  words = [re.fullmatch(rf'({"|".join(AXES)})=(-1|[1-9]\d*)', word) for word in text.replace(' ', '').split(',')]
+  given = {word[1]: int(word[2]) for word in words if word}
+  if len(given) < len(words) or list(given.values()).count(-1) > 1:
+    raise ValueError(f"config.mesh is {text!r}; legal are sizes for {', '.join(AXES)}, each once, one of them -1 for what is "
+                     "left of the devices: 'data=-1,fsdp=8,tensor=2'.")
+  fixed = math.prod(size for size in given.values() if size > 0)
+  free = max(1, len(devices) // fixed)
+  sizes = {name: free if given.get(name) == -1 else given.get(name, 1) for name in AXES}
+  count = math.prod(sizes.values())
+  if count > len(devices) or -1 in given.values() and count != len(devices):
+    odd = f', which {fixed} does not divide' if -1 in given.values() else ''
+    raise ValueError(f'config.mesh is {text!r}, but this job has {len(devices)} devices{odd}.')
   if jax.process_count() > 1 and count != len(devices):
-    raise ValueError(f"config.mesh is {text!r}; with {jax.process_count()} processes type 'data=-1'.")
-  return Mesh(np.array(devices[:count]), ('data',), axis_types=(AxisType.Auto,))
+    raise ValueError(f'config.mesh is {text!r}, {count} devices; several processes use all of theirs, here {len(devices)}: '
+                     'let one axis be -1.')
+  return jax.make_mesh(tuple(sizes.values()), AXES, (AxisType.Auto,) * len(AXES), devices=devices[:count])
+
+
+def ways(mesh: Mesh) -> int:
+  """In how many parts the rows of a batch are cut."""
+  return mesh.shape['data'] * mesh.shape['fsdp']
+
+
+def part(mesh: Mesh) -> tuple[int, int]:
+  """(which part of the rows of a batch this process feeds, of how many): processes that share an axis `tensor` feed the
+  same rows."""
+  feeds = lambda process: frozenset(i for i, row in enumerate(mesh.devices.reshape(ways(mesh), -1))
+                                    if any(device.process_index == process for device in row))
+  shares = [feeds(process) for process in range(jax.process_count())]
+  parts = sorted(set(shares), key=min)
+  if len(set(map(len, parts))) > 1 or sum(map(len, parts)) > ways(mesh):
+    raise ValueError(f'A mesh of {dict(mesh.shape)} cuts the rows of a batch across the processes: choose a size of tensor '
+                     'that divides the devices of a process, or that they divide.')
+  return parts.index(shares[jax.process_index()]), len(parts)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -36,24 +65,30 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def by_example(mesh: Mesh) -> NamedSharding:
   """The first axis is cut over the devices."""
-  return NamedSharding(mesh, P('data'))
+  return NamedSharding(mesh, P(('data', 'fsdp')))
 
 
-def check_divisible(count: int, mesh: Mesh, name: str) -> None:
-  """Raise ValueError if `count` rows cannot be cut evenly over the devices and processes."""
-  if count % mesh.size:
-    raise ValueError(f'{name} is {count}, which {mesh.size} devices cannot share evenly: choose a multiple of {mesh.size}.')
+def put(batch: PyTree, mesh: Mesh) -> PyTree:
+  """The rows that this process feeds, as numpy arrays, become global arrays cut over the devices."""
+  _, parts = part(mesh)
+  return _put(batch, mesh, parts)
 
 
-def put(batch: dict, mesh: Mesh) -> dict:
-  """Rows of this process, as numpy arrays, become one global array cut over the devices."""
-  return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(by_example(mesh), rows), batch)
+def place(batch: PyTree, mesh: Mesh) -> PyTree:
+  """Arrays that every process has in full become global arrays cut over the devices by their first axis."""
+  return _put(batch, mesh, 1)
+
+
+def _put(batch: PyTree, mesh: Mesh, parts: int) -> PyTree:
+  where = by_example(mesh)
+  whole = lambda rows: (parts * len(rows), *rows.shape[1:])
+  return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(where, rows, whole(rows)), batch)
 
 
 def gather(rows: jax.Array) -> np.ndarray:
   """All rows of a global array, on every host."""
   if rows.is_fully_addressable:
-    return np.asarray(rows)
+    return jax.device_get(rows)
   from jax.experimental import multihost_utils
   return np.asarray(multihost_utils.process_allgather(rows, tiled=True))
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax.jobs import train
-from tests.jobs.runs import command, flags, losses, samples, start_two, tiny, trained_state, wait_for_step
+from tests.jobs.runs import RULES, command, flags, losses, samples, start_two, tiny, trained_state, wait_for_step
 
 FIELDS = dict(mesh='data=-1', sample__count=12, sample__batch=8, log__samples=2)
 
@@ -17,13 +17,32 @@ def ends(pair):
 
 
 @pytest.mark.slow
-def test_two_processes_are_one(tmp_path):
-  status, outputs = ends(start_two(tmp_path / 'two', *flags(**FIELDS)))
+@pytest.mark.parametrize('mesh, parts', [('data=-1', 1), ('fsdp=-1', 2), ('data=2,fsdp=-1,tensor=2', 1), ('tensor=-1', 4)])
+def test_two_processes_are_one(tmp_path, mesh, parts):
+  """In the last of them every device of both feeds and computes the same rows."""
+  fields = FIELDS | dict(mesh=mesh, train__accumulate=parts, sharding=RULES)
+  status, outputs = ends(start_two(tmp_path / 'two', *flags(**fields)))
   assert status == [0, 0], '\n'.join(outputs)
-  train.run(tiny(**FIELDS), tmp_path / 'one')
+  train.run(tiny(**FIELDS | dict(mesh='data=1')), tmp_path / 'one')
   two, one = (losses(tmp_path / name) for name in ('two', 'one'))
   np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=1e-5)
   np.testing.assert_allclose(*(samples(tmp_path / name)['x'].astype(int) for name in ('two', 'one')), atol=1)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_two_processes_goes_on_in_one_and_back(tmp_path):
+  """2 x 4 devices with an eighth of the state each, then one device, then eight, then 2 x 4: the losses of one device."""
+  whole = FIELDS | dict(sharding=RULES, train__steps=8, sample__count=0, log__samples=0)
+  for steps, mesh in ((2, None), (4, 'data=1'), (6, 'fsdp=8'), (8, None)):
+    fields = whole | dict(train__steps=steps, mesh=mesh or 'fsdp=-1')
+    if mesh:
+      train.run(tiny(**fields), tmp_path / 'run')
+    else:
+      status, outputs = ends(start_two(tmp_path / 'run', *flags(**fields)))
+      assert status == [0, 0], '\n'.join(outputs)
+  train.run(tiny(**whole | dict(mesh='data=1')), tmp_path / 'one')
+  assert list(losses(tmp_path / 'run')) == list(range(1, 9))
+  np.testing.assert_allclose(*(list(losses(tmp_path / name).values()) for name in ('run', 'one')), rtol=1e-5)
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(RATE))
 
 
 def init(key):
-  return {'w': jax.random.normal(key, (3,)), 'b': jnp.zeros(())}, {'seen': jnp.zeros((), jnp.int32)}
+  return {'w': jax.random.normal(key, (3,)), 'b': jnp.zeros(())}, {'seen': jnp.zeros((), jnp.int32), 'last': jnp.zeros(TOTAL)}
 
 
 def loss(params, extra, draw, batch):
@@ -26,7 +26,11 @@ def loss(params, extra, draw, batch):
   errors = batch['x'] @ params['w'] + params['b'] - batch['y'] - 0.1 * noise
   kink = jnp.sqrt(1 - batch['kink'] + 0 * params['b']) - (1 - batch['kink'])  # 0, with a slope of 0, or of 0 / 0
   losses = errors**2 + kink + jnp.where(batch['bad'], jnp.nan, 0.0)
-  return losses, {'seen': extra['seen'] + 1}, {'noise': noise, 'total': draw.total}
+  return losses, {'noise': noise}, {'noise': noise, 'total': draw.total}
+
+
+def update(extra, news):
+  return {'seen': extra['seen'] + 1, 'last': news['noise']}
 
 
 def make_batch(seed=0):
@@ -36,7 +40,8 @@ def make_batch(seed=0):
           'kink': np.zeros(TOTAL, np.float32), 'index': np.arange(TOTAL, dtype=np.int32)}
 
 
-step_fn = jax.jit(partial(train_step, loss=loss, optimizer=OPTIMIZER, rate=RATE, total=TOTAL))
+STEP = partial(train_step, loss=loss, update=update, optimizer=OPTIMIZER, rate=RATE, total=TOTAL)
+step_fn = jax.jit(STEP)
 
 
 @pytest.fixture(scope='module')
@@ -100,6 +105,28 @@ def test_noise_is_new_every_step_and_for_every_example(state):
   order = np.random.default_rng(0).permutation(TOTAL)
   _, moved = step_fn(state, jax.tree.map(lambda rows: rows[order], batch))
   np.testing.assert_array_equal(moved['noise'], first['noise'][order])
+
+
+@pytest.mark.parametrize('parts', [2, 4, 16])
+def test_parts_of_a_batch_are_the_whole(state, parts):
+  """The gradient is that of the mean over all; the news come in the order of the index, whatever the order of the rows."""
+  batch = make_batch(7)
+  order = np.random.default_rng(0).permutation(TOTAL)
+  whole, metrics = step_fn(state, batch)
+  after, ours = jax.jit(partial(STEP, parts=parts))(state, jax.tree.map(lambda rows: rows[order], batch))
+  np.testing.assert_array_equal(after.extra['last'], whole.extra['last'])
+  for name in ('loss', 'grad_norm'):
+    np.testing.assert_allclose(ours[name], metrics[name], rtol=1e-6)
+  for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(whole), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_part_that_is_not_finite_spoils_the_step(state):
+  batch = make_batch()
+  batch['bad'][5] = True
+  after, metrics = jax.jit(partial(STEP, parts=4))(state, batch)
+  assert not metrics['finite']
+  assert_same((after.params, after.optimizer, after.extra), (state.params, state.optimizer, state.extra))
 
 
 @pytest.mark.parametrize('field', ['bad', 'kink'])
