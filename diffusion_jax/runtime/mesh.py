@@ -82,7 +82,8 @@ def place(batch: PyTree, mesh: Mesh) -> PyTree:
 def _put(batch: PyTree, mesh: Mesh, parts: int) -> PyTree:
   where = by_example(mesh)
   whole = lambda rows: (parts * len(rows), *rows.shape[1:])
-  return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(where, rows, whole(rows)), batch)
+  with jax.transfer_guard_host_to_device('allow'):  # JAX takes those of several processes for implicit
+    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(where, rows, whole(rows)), batch)
 
 
 def gather(rows: jax.Array) -> np.ndarray:

@@ -75,12 +75,12 @@ def on(mesh, **fields):
 
 
 def test_every_device_holds_a_part_of_the_state(tmp_path):
-  run = runs.open_run(on(MIXED), tmp_path, read=False)
+  run = runs.open_run(on(MIXED), tmp_path, read=True)
   state = runs.new_state(run)
   whole, held = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), meshes.shard_bytes(state)
   shards = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
   assert held == shards < 0.4 * whole  # a quarter, and the biases of 8 entries
-  alone = runs.new_state(runs.open_run(on('data=1'), tmp_path, read=False))
+  alone = runs.new_state(runs.open_run(on('data=1'), tmp_path, read=True))
   for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(alone), strict=True):
     np.testing.assert_array_equal(a, b)  # born there as it is on one device
 
