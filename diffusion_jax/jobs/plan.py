@@ -47,9 +47,10 @@ def cases(config: ConfigDict, slices: dict[str, list]) -> Iterator[tuple[str, st
   chip's share on the first slice times the chips, weak scaling. Sampling is planned once a slice."""
   batch, first = config.train.batch, None
   for name, devices in slices.items():
-    chips, programs = meshes.make_mesh(config.mesh, devices).size, ('train', 'sample')
+    mesh, programs = meshes.make_mesh(config.mesh, devices), ('train', 'sample')
+    chips = mesh.size
     first = first or chips
-    if batch % chips == 0:
+    if batch % meshes.ways(mesh) == 0:
       yield name, 'as configured' if chips == first else 'strong', batch, programs
       programs = ('train',)
     else:
