@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
@@ -44,8 +44,8 @@ def open_run(config: ConfigDict, workdir: Path, read: bool, devices: Sequence[ja
   """
   keep_compiled()
   mesh = meshes.make_mesh(config.mesh, devices)
-  for name in ('train.steps', 'train.batch', 'train.accumulate', 'sample.batch', 'evaluate.batch', 'log.every', 'checkpoint.every',
-               'checkpoint.keep'):
+  for name in ('train.steps', 'train.batch', 'train.accumulate', 'sample.batch', 'evaluate.batch', 'log.every',
+               'checkpoint.every', 'checkpoint.keep'):
     group, _, field = name.partition('.')
     if config[group][field] < 1:
       raise ValueError(f'config.{name} is {config[group][field]}; it must be 1 or more.')
@@ -81,8 +81,8 @@ def _check_shares(batch: int, devices: int, parts: int) -> None:
   """Raise ValueError if a batch cannot be cut evenly over the devices and the parts in which it is taken."""
   if batch % (devices * parts):
     taken = f', in config.train.accumulate={parts} parts,' if parts > 1 else ''
-    raise ValueError(f'config.train.batch is {batch}, which {devices} devices{taken} cannot share evenly: choose a multiple '
-                     f'of {devices * parts}.')
+    raise ValueError(f'config.train.batch is {batch}, which {devices} devices{taken} cannot share evenly: choose a '
+                     f'multiple of {devices * parts}.')
 
 
 def keep_compiled() -> None:

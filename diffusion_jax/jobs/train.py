@@ -5,7 +5,6 @@ import time
 from pathlib import Path
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion_jax.jobs import evaluate, sample

@@ -25,8 +25,8 @@ def make_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
   words = [re.fullmatch(rf'({"|".join(AXES)})=(-1|[1-9]\d*)', word) for word in text.replace(' ', '').split(',')]
   given = {word[1]: int(word[2]) for word in words if word}
   if len(given) < len(words) or list(given.values()).count(-1) > 1:
-    raise ValueError(f"config.mesh is {text!r}; legal are sizes for {', '.join(AXES)}, each once, one of them -1 for what is "
-                     "left of the devices: 'data=-1,fsdp=8,tensor=2'.")
+    raise ValueError(f"config.mesh is {text!r}; legal are sizes for {', '.join(AXES)}, each once, one of them -1 for what "
+                     "is left of the devices: 'data=-1,fsdp=8,tensor=2'.")
   fixed = math.prod(size for size in given.values() if size > 0)
   free = max(1, len(devices) // fixed)
   sizes = {name: free if given.get(name) == -1 else given.get(name, 1) for name in AXES}

@@ -57,7 +57,7 @@ def shardings(params: PyTree, rules: Sequence[tuple[str, str]], mesh: Mesh) -> P
     name = jax.tree_util.keystr(path, simple=True, separator='/')
     text, rule = next(((text, rule) for pattern, text, rule in parsed if pattern.search(name)), (None, None))
     if rule is None:
-      raise ValueError(f"config.sharding has no rule for {name}: let it end with ('.*', 'fsdp()') or ('.*', 'replicate()').")
+      raise ValueError(f"config.sharding has no rule for {name}: end it with ('.*', 'fsdp()'), or ('.*', 'replicate()').")
     try:
       cuts = rule(leaf.shape, mesh, [None] * len(leaf.shape))
     except ValueError as error:
@@ -67,8 +67,8 @@ def shardings(params: PyTree, rules: Sequence[tuple[str, str]], mesh: Mesh) -> P
 
 
 def follow(tree: PyTree, params: PyTree, places: PyTree, mesh: Mesh) -> PyTree:
-  """Where every leaf of a state lies: one whose path ends as that of a parameter, and has its shape, as it does, a moment or
-  a moving average; any other is whole on every device."""
+  """Where every leaf of a state lies: one whose path ends as that of a parameter, and has its shape, as it does, a moment
+  or a moving average; any other is whole on every device."""
   leaves = jax.tree_util.tree_leaves_with_path(params)
   known = {(path, leaf.shape): place for (path, leaf), place in zip(leaves, jax.tree.leaves(places), strict=True)}
   def place(path, leaf):

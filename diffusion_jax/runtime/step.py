@@ -69,8 +69,8 @@ def train_step(state: State, batch: dict, loss: Callable, update: Callable, opti
 
 
 def _in_parts(function: Callable[[PyTree], tuple[PyTree, PyTree]], batch: PyTree, parts: int) -> tuple[PyTree, PyTree]:
-  """function(batch), computed for `parts` parts of the rows one after the other: the mean of its first result over the parts,
-  and the rows of its second."""
+  """function(batch), computed for `parts` parts of the rows one after the other: the mean of its first result over the
+  parts, and the rows of its second."""
   if parts == 1:
     return function(batch)
   # Part i has the rows i, i + parts, ...: rows stay on the device that has them.

@@ -17,7 +17,7 @@ STEPS = 50
 
 
 def curve(folder, mesh, parts, dtype):
-  """(losses of STEPS steps, gradients of the first one), by the program that trains, from parameters none of which is zero."""
+  """(losses of STEPS steps, gradients of the first), by the program that trains, from parameters none of which is zero."""
   config = tiny(mesh=mesh, train__accumulate=parts, sharding=RULES, train__steps=STEPS, optimizer__clip=0.0,
                 network=NETWORK.format(f'dtype="{dtype}", param_dtype="{dtype}"'))
   run = runs.open_run(config, folder, read=True)

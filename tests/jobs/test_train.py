@@ -161,7 +161,7 @@ BAD = {
     'times': ('uniform(1.0, 0.0)', 'times need 0 <= t_min'),
     'transform': ('guide(2.0) | clipp()', "Did you mean 'clip'"),
     'train__batch': (15, 'config.train.batch is 15, which 2 devices cannot share evenly: choose a multiple of 2'),
-    'train__accumulate': (3, 'which 2 devices, in config.train.accumulate=3 parts, cannot share evenly: choose a multiple of 6'),
+    'train__accumulate': (3, '2 devices, in config.train.accumulate=3 parts, cannot share evenly: choose a multiple of 6'),
     'mesh': ('data=99', 'this job has 8 devices'),
     'sharding': ((('middle', 'fsdp()'),), "config.sharding has no rule for params/backbone/"),
     'sample__ema': (0.5, 'config.sample.ema is 0.5; this run keeps'),

@@ -19,14 +19,15 @@ def test_meshes(text, sizes):
   assert ways(mesh) == sizes[0] * sizes[1]
 
 
-@pytest.mark.parametrize('text', ['', 'data', 'data=', 'data=all', 'model=2', 'data=2.0', 'data=--1', 'data=2,model=4', 'data=0',
-                                  'data=-2', 'data=2,data=4', 'data=-1,fsdp=-1', 'data=2;fsdp=4', 'data=2,'])
+@pytest.mark.parametrize('text', ['', 'data', 'data=', 'data=all', 'model=2', 'data=2.0', 'data=--1', 'data=2,model=4',
+                                  'data=0', 'data=-2', 'data=2,data=4', 'data=-1,fsdp=-1', 'data=2;fsdp=4', 'data=2,'])
 def test_other_strings_get_a_sentence(text):
   with pytest.raises(ValueError, match=rf"config.mesh is '{text}'; legal are sizes for data, fsdp, tensor, each once"):
     make_mesh(text)
 
 
-@pytest.mark.parametrize('text, odd', [('data=9', ''), ('data=3,fsdp=3', ''), ('data=-1,fsdp=3', ', which 3 does not divide'),
+@pytest.mark.parametrize('text, odd', [('data=9', ''), ('data=3,fsdp=3', ''),
+                                       ('data=-1,fsdp=3', ', which 3 does not divide'),
                                        ('data=-1,tensor=16', ', which 16 does not divide')])
 def test_more_devices_than_there_are(text, odd):
   with pytest.raises(ValueError, match=f"config.mesh is '{text}', but this job has 8 devices{odd}[.]"):
@@ -69,7 +70,7 @@ def test_put_and_place_cut_rows_over_devices_and_gather_brings_them_back():
   for placed in (put(batch, mesh), place(batch, mesh)):
     assert placed['x'].sharding == by_example(mesh)
     for i, shard in enumerate(sorted(placed['x'].addressable_shards, key=lambda shard: shard.device.id)):
-      np.testing.assert_array_equal(shard.data, batch['x'][i // 2 * 2:i // 2 * 2 + 2])  # the devices of tensor hold the same
+      np.testing.assert_array_equal(shard.data, batch['x'][i // 2 * 2:i // 2 * 2 + 2])  # two of tensor hold the same
     for name in batch:
       back = gather(placed[name])
       assert isinstance(back, np.ndarray)

@@ -10,7 +10,8 @@ from diffusion_jax.runtime.mesh import make_mesh, shard_bytes
 from diffusion_jax.runtime.sharding import follow, shardings
 
 SHAPES = {'block': {'conv': (3, 3, 64, 128), 'bias': (128,)}, 'out': (128, 6)}
-PARAMS = jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), SHAPES, is_leaf=lambda leaf: isinstance(leaf, tuple))
+PARAMS = jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), SHAPES,
+                      is_leaf=lambda leaf: isinstance(leaf, tuple))
 
 
 def specs(mesh, *rules):
@@ -40,12 +41,13 @@ def test_rules(mesh, text, conv, bias, out):
 
 
 def test_the_first_rule_whose_pattern_is_found_counts():
-  found = specs('fsdp=2,tensor=2', ('conv$', 'tensor(-2)'), ('block/', 'tensor(0)'), ('out', 'fsdp(1)'), ('.*', 'replicate()'))
+  found = specs('fsdp=2,tensor=2', ('conv$', 'tensor(-2)'), ('block/', 'tensor(0)'), ('out', 'fsdp(1)'),
+                ('.*', 'replicate()'))
   assert found == {'conv': P(None, None, 'tensor', None), 'bias': P('tensor'), 'out': P('fsdp', None)}
 
 
 @pytest.mark.parametrize('rules, sentence', [
-    ([('block', 'fsdp()')], "has no rule for out: let it end with ('.*', 'fsdp()')"),
+    ([('block', 'fsdp()')], "has no rule for out: end it with ('.*', 'fsdp()')"),
     ([('(', 'fsdp()')], "config.sharding: '(' is no regular expression"),
     ([('.*', 'fsd()')], "'fsd' is unknown. Did you mean 'fsdp'"),
     ([('.*', 'tensor()')], "missing a required argument: 'axis'"),
@@ -59,7 +61,7 @@ def test_bad_rules_get_a_sentence(rules, sentence):
 
 
 def test_a_parameter_that_fsdp_cannot_cut_gets_a_sentence():
-  with pytest.raises(ValueError, match=r"'fsdp\(\)' cannot be applied to block/conv of shape \(3, 3, 64, 128\): fsdp=5 divides"):
+  with pytest.raises(ValueError, match=r"'fsdp\(\)' cannot be applied to block/conv of shape .*: fsdp=5 divides"):
     specs('fsdp=5', ('.*', 'fsdp()'))
 
 
@@ -74,8 +76,8 @@ def test_moments_and_averages_follow_their_parameters():
   moments = found['optimizer'][1][0]
   assert found['params'] == found['ema']['0.9'] == moments.mu == moments.nu == places
   assert found['step'].spec == moments.count.spec == P()
-  specs = {leaf.shape: place.spec for leaf, place in zip(jax.tree.leaves(factored),
-                                                          jax.tree.leaves(follow(factored, PARAMS, places, mesh)), strict=True)}
+  others = jax.tree.leaves(follow(factored, PARAMS, places, mesh))
+  specs = {leaf.shape: place.spec for leaf, place in zip(jax.tree.leaves(factored), others, strict=True)}
   assert specs[(3, 3, 64)] == specs[(1,)] == P() and specs[(128,)] == P(None)
   placed = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), PARAMS, places)
   assert shard_bytes(placed) == 4 * (9 * 64 * 128 // 8 + 128 + 128 * 6)

@@ -16,7 +16,8 @@ OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(RATE))
 
 
 def init(key):
-  return {'w': jax.random.normal(key, (3,)), 'b': jnp.zeros(())}, {'seen': jnp.zeros((), jnp.int32), 'last': jnp.zeros(TOTAL)}
+  extra = {'seen': jnp.zeros((), jnp.int32), 'last': jnp.zeros(TOTAL)}
+  return {'w': jax.random.normal(key, (3,)), 'b': jnp.zeros(())}, extra
 
 
 def loss(params, extra, draw, batch):
