@@ -80,11 +80,14 @@ def test_an_empty_workdir_gets_a_sentence(tmp_path, mode):
 
 
 def test_sample_and_overrides_from_the_workdir(tmp_path):
-  """--mode=sample reads the config of the workdir, and takes overrides of it."""
+  """--mode=sample reads the config of the workdir, and takes overrides of it. A field that came since has its default."""
   assert command(tmp_path / 'run', *flags(train__steps=1))[0] == 0
+  path = tmp_path / 'run' / 'config.json'
+  path.write_text(path.read_text().replace(',\n    "nonfinite_most": 10', ''))
   words = '--mode=sample', '--config.sample.count=3', '--config.solver=heun()'
   status, output = command(tmp_path / 'run', *words, config=None)
   assert status == 0 and 'samples.png' in output, output
+  assert f'The run in {tmp_path / "run"} is older than config.train.nonfinite_most, which is 10 now.' in output
   assert np.load(tmp_path / 'run' / 'samples' / 'samples.npz')['x'].shape == (3, 8, 8, 1)
   status, output = command(tmp_path / 'run', '--mode=sample', '--config.schedule=flow()', config=None)
   assert status == 1 and "config.schedule: 'cosine()' there, 'flow()' now" in output
