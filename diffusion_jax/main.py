@@ -4,6 +4,7 @@ train trains, then samples and evaluates; typed again, it goes on where it stopp
 workdir alone. plan compiles a config for slices of TPUs, --topology=v5e:2x4,v5e:16x16, on a machine without one.
 --config.any.field=value overrides a field.
 """
+import errno
 import importlib
 import sys
 import traceback
@@ -58,6 +59,11 @@ def main(argv: list[str]) -> None:
     if Path(__file__).parent not in raised_in.parents:
       raise
     sys.exit(f'ERROR: {error}')
+  except OSError as error:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+      raise
+    sys.exit(f'ERROR: {error.filename or workdir} cannot be written: {error.strerror}. Make room, then type the same '
+             'command to go on from the newest checkpoint.')
 
 
 if __name__ == '__main__':

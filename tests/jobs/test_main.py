@@ -1,4 +1,5 @@
 """The program as it is typed: a process of its own, killed, stopped, short of disk, or given nonsense."""
+import resource
 import signal
 import time
 
@@ -45,6 +46,17 @@ def test_a_full_disk_is_said_and_the_run_goes_on_after_it(tmp_path):
   assert 'A checkpoint could not be saved' in output and 'There is no complete one' in output, output
   assert 'Finished' not in output
   assert command(tmp_path / 'run', *flags())[0] == 0
+
+
+def test_a_full_disk_that_the_log_meets_first_is_said(tmp_path):
+  path = tmp_path / 'run' / 'metrics.jsonl'
+  process = start(tmp_path / 'run', *flags(checkpoint__every=1000, train__steps=1000))
+  wait_for_step(process, 1)
+  resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (path.stat().st_size + 1000,) * 2)
+  output, _ = process.communicate(timeout=120)
+  assert process.returncode == 1 and 'Traceback' not in output, output
+  assert output.splitlines()[-1] == (f'ERROR: {path} cannot be written: File too large. Make room, then type the same '
+                                     'command to go on from the newest checkpoint.')
 
 
 def test_help_is_quick():

@@ -97,8 +97,8 @@ def test_a_field_that_is_gone_is_named(tmp_path):
   config = opened(tmp_path)
   rewrite(tmp_path, lambda content: content['train'].update(old=3))
   for now in (config, stored.get_config(str(tmp_path))):
-    with pytest.raises(ValueError, match=r'(?s)config.train.old: 3 there, no such field now.* Where train.old did not matter, '
-                                         r'delete it from .*config.json; else take the commit in environment.json.'):
+    with pytest.raises(ValueError, match=r'(?s)config.train.old: 3 there, no such field now.* Where train.old did not '
+                                         r'matter, delete it from .*config.json; else take the commit in environment'):
       workdir.check_resumable(now, tmp_path)
 
 
