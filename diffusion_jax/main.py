@@ -45,6 +45,9 @@ def main(argv: list[str]) -> None:
   if values.config is None:
     sys.exit(f'ERROR: {workdir} holds no run. Train one first: python -m diffusion_jax.main --config=configs/digits.py '
              f'--workdir={workdir}')
+  if '://' in values.workdir:
+    sys.exit(f'ERROR: --workdir is {values.workdir!r}; it must be a folder of a disk. A bucket will not do: a checkpoint '
+             'gets its name by renaming its folder.')
   if values.topology is not None and values.mode != 'plan':
     sys.exit(f'ERROR: --topology is for --mode=plan; the mode is {values.mode}.')
   words = (values.topology,) if values.mode == 'plan' else ()

@@ -1,6 +1,7 @@
 """The folder of a run: its resolved config, its environment, and what may change when it goes on."""
 import importlib.metadata
 import json
+import os
 import platform
 import runpy
 import subprocess
@@ -100,7 +101,10 @@ def open_workdir(config: ConfigDict, workdir: Path) -> None:
 
 
 def commit() -> str:
-  """The commit of the package's checkout, with '+' if files differ from it; '' outside a checkout."""
+  """The commit of the package's checkout, with '+' if files differ from it; '' outside a checkout. A copy has it from
+  whoever copied, in DIFFUSION_JAX_COMMIT."""
+  if 'DIFFUSION_JAX_COMMIT' in os.environ:
+    return os.environ['DIFFUSION_JAX_COMMIT']
   git = lambda *words: subprocess.run(['git', *words], cwd=Path(__file__).parent, capture_output=True, text=True)
   try:
     head = git('rev-parse', 'HEAD')

@@ -72,6 +72,7 @@ SENTENCES = {
     'misspelt group': (['--config.trian.steps=3'], 'Did you mean "train"'),
     'illegal value': (['--config.train.steps=0'], 'ERROR: config.train.steps is 0; it must be 1 or more.'),
     'slice in another mode': (['--topology=v5e:2x4'], 'ERROR: --topology is for --mode=plan; the mode is train.'),
+    'bucket': (['--workdir=gs://bucket/run'], "ERROR: --workdir is 'gs://bucket/run'; it must be a folder of a disk."),
     'unknown component': (['--config.solver=dimm()'], "Did you mean 'ddim'"),
 }
 
@@ -81,7 +82,7 @@ def test_bad_words_get_a_sentence_and_no_traceback(tmp_path, case):
   words, sentence = SENTENCES[case]
   status, output = command(tmp_path / 'run', *words)
   assert status == 1 and sentence in output, output
-  assert case not in ('illegal value', 'slice in another mode') or 'Traceback' not in output
+  assert case not in ('illegal value', 'slice in another mode', 'bucket') or 'Traceback' not in output
 
 
 @pytest.mark.parametrize('mode', ['sample', 'evaluate', 'train'])
