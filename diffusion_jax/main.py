@@ -8,6 +8,7 @@ import errno
 import importlib
 import sys
 import traceback
+from logging import getLogger
 from pathlib import Path
 
 from absl import app, flags, logging
@@ -34,6 +35,7 @@ def parse(argv: list[str]) -> list[str]:
     if (Path(folder) / 'config.json').exists():
       config = [f'--config={Path(__file__).parent / "runtime" / "stored.py"}:{folder}']
   logging.set_verbosity(logging.WARNING)  # --verbosity=0 shows what JAX and Orbax have to say
+  getLogger('asyncio').setLevel('CRITICAL')  # says an error of a save, which we say, once more for each array
   sys.argv[1:] = [*config, *(word for word in argv[1:] if word not in config)]  # where config_flags looks for overrides
   return app.parse_flags_with_usage(sys.argv)
 

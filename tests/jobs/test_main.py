@@ -43,8 +43,8 @@ def test_a_full_disk_is_said_and_the_run_goes_on_after_it(tmp_path):
   """A limit on the size of files stands for the full disk: writing fails in the same place."""
   status, output = command(tmp_path / 'run', *flags(), file_limit=30)
   assert status == 1
-  assert 'A checkpoint could not be saved' in output and 'There is no complete one' in output, output
-  assert 'Finished' not in output
+  assert '\nERROR: A checkpoint could not be saved' in output and 'There is no complete one' in output, output
+  assert 'Finished' not in output and 'Task exception was never retrieved' not in output, output
   assert command(tmp_path / 'run', *flags())[0] == 0
 
 
