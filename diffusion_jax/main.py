@@ -4,9 +4,11 @@ train trains, then samples and evaluates; typed again, it goes on where it stopp
 workdir alone. plan compiles a config for slices of TPUs, --topology=v5e:2x4,v5e:16x16, on a machine without one.
 --config.any.field=value overrides a field.
 """
+import errno
 import importlib
 import sys
 import traceback
+from logging import getLogger
 from pathlib import Path
 
 from absl import app, flags, logging
@@ -33,6 +35,7 @@ def parse(argv: list[str]) -> list[str]:
     if (Path(folder) / 'config.json').exists():
       config = [f'--config={Path(__file__).parent / "runtime" / "stored.py"}:{folder}']
   logging.set_verbosity(logging.WARNING)  # --verbosity=0 shows what JAX and Orbax have to say
+  getLogger('asyncio').setLevel('CRITICAL')  # says an error of a save, which we say, once more for each array
   sys.argv[1:] = [*config, *(word for word in argv[1:] if word not in config)]  # where config_flags looks for overrides
   return app.parse_flags_with_usage(sys.argv)
 
@@ -44,6 +47,9 @@ def main(argv: list[str]) -> None:
   if values.config is None:
     sys.exit(f'ERROR: {workdir} holds no run. Train one first: python -m diffusion_jax.main --config=configs/digits.py '
              f'--workdir={workdir}')
+  if '://' in values.workdir:
+    sys.exit(f'ERROR: --workdir is {values.workdir!r}; it must be a folder of a disk. A bucket will not do: a checkpoint '
+             'gets its name by renaming its folder.')
   if values.topology is not None and values.mode != 'plan':
     sys.exit(f'ERROR: --topology is for --mode=plan; the mode is {values.mode}.')
   words = (values.topology,) if values.mode == 'plan' else ()
@@ -58,6 +64,11 @@ def main(argv: list[str]) -> None:
     if Path(__file__).parent not in raised_in.parents:
       raise
     sys.exit(f'ERROR: {error}')
+  except OSError as error:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+      raise
+    sys.exit(f'ERROR: {error.filename or workdir} cannot be written: {error.strerror}. Make room, then type the same '
+             'command to go on from the newest checkpoint.')
 
 
 if __name__ == '__main__':

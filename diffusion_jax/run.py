@@ -19,6 +19,7 @@ from diffusion_jax.method import Method, default_sharding, make_likelihood, make
 from diffusion_jax.runtime import mesh as meshes
 from diffusion_jax.runtime import optimizers, sharding
 from diffusion_jax.runtime.checkpoints import Checkpoints
+from diffusion_jax.runtime.logs import say
 from diffusion_jax.runtime.step import State, init_state, train_step
 from diffusion_jax.runtime.workdir import check_resumable, load_config
 from diffusion_jax.tasks.task import Task, make_task
@@ -62,7 +63,8 @@ def open_run(config: ConfigDict, workdir: Path, read: bool, devices: Sequence[ja
     config.data.classes = load_config(workdir).data.classes  # what the data had
   task = make_task(config, read)
   config.data.classes = task.classes
-  check_resumable(config, workdir)
+  for name, value in check_resumable(config, workdir).items():
+    say(f'The run in {workdir} is older than config.{name}, which is {value!r} now.')
   method = make_method(config, task)
   chosen_ema(config)
   o = config.optimizer

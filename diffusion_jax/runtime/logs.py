@@ -2,12 +2,15 @@
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
+from diffusion_jax.runtime.board import Board
 from diffusion_jax.runtime.workdir import write_text
 
 
@@ -15,7 +18,7 @@ class Log:
   """Scalars and images of a run. Only the first process writes; the others hold a Log that does nothing.
 
   `scalars` is called with the metrics of a step right after the next step was dispatched, so that reading them waits for
-  nothing that the devices have not finished.
+  nothing that the devices have not finished. Raises OSError with the name of a file that cannot be written.
   """
 
   def __init__(self, workdir: Path, start: int, steps: int, every: int, batch: int):
@@ -23,9 +26,9 @@ class Log:
     self.active = jax.process_index() == 0
     self._since, self._last = time.perf_counter(), start
     if self.active:
-      from tensorboardX import SummaryWriter
-      self._file = _continue(workdir / 'metrics.jsonl', start)
-      self._board = SummaryWriter(str(workdir / 'tensorboard'), purge_step=start + 1, flush_secs=10)
+      self._path = workdir / 'metrics.jsonl'
+      self._file = _continue(self._path, start)
+      self._board = Board(workdir / 'tensorboard', start)
       self._bar = tqdm(total=steps, initial=start, unit='step', disable=not sys.stderr.isatty(), dynamic_ncols=True)
 
   def scalars(self, step: int, metrics: dict, always: bool = False) -> None:
@@ -39,10 +42,12 @@ class Log:
     rate = (step - self._last) * self.batch / max(now - self._since, 1e-9)
     self._since, self._last = now, step
     values = {name: float(value) for name, value in metrics.items()} | {'images_per_second': rate}
-    self._file.write(json.dumps({'step': step, **values}) + '\n')
-    self._file.flush()
-    for name, value in values.items():
-      self._board.add_scalar(name, value, step)
+    with _named(self._path):
+      self._file.write(json.dumps({'step': step, **values}) + '\n')
+      self._file.flush()
+    with _named(self._board.path):
+      for name, value in values.items():
+        self._board.scalar(step, name, value)
     left = (self.steps - step) * self.batch / max(rate, 1e-9)
     shown = f'loss {values["loss"]:.4f}, {rate:.0f} images/s'
     if self._bar.disable:
@@ -54,16 +59,28 @@ class Log:
     """Log a picture [height, width, 3], uint8, whose making took `seconds`, which do not count as training."""
     if self.active:
       self._since += seconds
-      self._board.add_image(name, picture, step, dataformats='HWC')
+      with _named(self._board.path):
+        self._board.image(step, name, picture)
 
   def __enter__(self):
     return self
 
-  def __exit__(self, *error):
+  def __exit__(self, kind, *error):
     if self.active:
       self._bar.close()
-      self._file.close()
-      self._board.close()
+      with suppress(OSError) if kind else _named(self._path):  # what is raised already comes first
+        self._file.close()
+      with suppress(OSError) if kind else _named(self._board.path):
+        self._board.close()
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+  """Give an error in writing the name of the file, which write() does not say."""
+  try:
+    yield
+  except OSError as error:
+    raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _continue(path: Path, start: int):

@@ -5,4 +5,4 @@ from diffusion_jax.runtime import workdir as workdirs
 
 
 def get_config(workdir):
-  return workdirs.load_config(Path(workdir))
+  return workdirs.load_complete(Path(workdir))

@@ -1,7 +1,9 @@
 """The folder of a run: its resolved config, its environment, and what may change when it goes on."""
 import importlib.metadata
 import json
+import os
 import platform
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -48,17 +50,43 @@ def load_config(workdir: Path) -> ConfigDict:
   return ConfigDict(thaw(json.loads(path.read_text())))
 
 
-def check_resumable(config: ConfigDict, workdir: Path) -> None:
-  """Raise ValueError if the run in `workdir` has a config that differs in more than the resumable fields."""
+def defaults() -> ConfigDict:
+  """configs/base.py, which has every field; without any field where the package was installed without it."""
+  path = Path(__file__).parents[2] / 'configs' / 'base.py'
+  return runpy.run_path(str(path))['get_config']() if path.exists() else ConfigDict()
+
+
+def load_complete(workdir: Path) -> ConfigDict:
+  """`load_config` with the fields of today: one that is younger than the run has its default, one that is gone is left out,
+  which `check_resumable` says of either."""
+  there, today = load_config(workdir), defaults()
+  if not len(today):
+    return there
+  fill = lambda new, old: {name: fill(value, old.get(name, {})) if isinstance(value, ConfigDict) else old.get(name, value)
+                           for name, value in new.items()}
+  return ConfigDict(fill(today, there))
+
+
+def check_resumable(config: ConfigDict, workdir: Path) -> dict:
+  """{name: value now} of the fields that are younger than the run in `workdir`.
+
+  Raises ValueError if its config differs in more than the resumable fields; a field that it lacks counts as its default.
+  """
   if not (workdir / 'config.json').exists():
-    return
-  before, now = flatten(load_config(workdir)), flatten(config)
-  changed = [name for name in sorted(before.keys() | now.keys())
+    return {}
+  there, now = flatten(load_config(workdir)), flatten(config)
+  before = flatten(defaults()) | there
+  changed = [name for name in sorted(there.keys() | now.keys())
              if before.get(name) != now.get(name) and not name.startswith(RESUMABLE)]
   if changed:
-    lines = '\n'.join(f'  config.{name}: {before.get(name)!r} there, {now.get(name)!r} now' for name in changed)
-    raise ValueError(f'The run in {workdir} has another config:\n{lines}\nTo continue it, leave these as they were '
-                     f'(only {", ".join(RESUMABLE)} may change). To start anew, type another --workdir.')
+    show = lambda fields, name: repr(fields[name]) if name in fields else 'no such field'
+    lines = '\n'.join(f'  config.{name}: {show(there, name)} there, {show(now, name)} now' for name in changed)
+    gone = [name for name in changed if name not in now]
+    advice = (f' Where {", ".join(gone)} did not matter, delete it from {workdir / "config.json"}; else take the commit in '
+              'environment.json.') if gone else ''
+    raise ValueError(f'The run in {workdir} has another config:\n{lines}\nTo continue it, leave these as they were (only '
+                     f'{", ".join(RESUMABLE)} may change).{advice} To start anew, type another --workdir.')
+  return {name: now[name] for name in now if name not in there}
 
 
 def open_workdir(config: ConfigDict, workdir: Path) -> None:
@@ -74,7 +102,10 @@ def open_workdir(config: ConfigDict, workdir: Path) -> None:
 
 
 def commit() -> str:
-  """The commit of the package's checkout, with '+' if files differ from it; '' outside a checkout."""
+  """The commit of the package's checkout, with '+' if files differ from it; '' outside a checkout. A copy has it from
+  whoever copied, in DIFFUSION_JAX_COMMIT."""
+  if 'DIFFUSION_JAX_COMMIT' in os.environ:
+    return os.environ['DIFFUSION_JAX_COMMIT']
   git = lambda *words: subprocess.run(['git', *words], cwd=Path(__file__).parent, capture_output=True, text=True)
   try:
     head = git('rev-parse', 'HEAD')

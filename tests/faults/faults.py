@@ -30,10 +30,12 @@ class Fault(NamedTuple):
 
 
 class Outcome(NamedTuple):
-  """Of one round; `used` is the checkpoint from which the run went on, `lost` how many logged steps it had to do again."""
+  """Of one round; `used` is the checkpoint from which the run went on, `lost` how many logged steps it had to do again,
+  `in_save` whether the blow fell while a checkpoint was written or deleted."""
   said: str
   used: int
   lost: int
+  in_save: bool
 
 
 def newest(workdir: Path) -> list[int]:
@@ -101,7 +103,7 @@ def disk_full(workdir, rng):
     pass
   output = end(process, 1)
   filler.unlink()
-  assert 'No space left on device' in output, output
+  assert '\nERROR: ' in output and 'No space left on device' in output, output
   return 'No space left on device', False
 
 
@@ -197,7 +199,7 @@ def typed_again(workdir: Path, processes: int) -> str:
 def suffer(fault: Fault, workdir: Path, rng: random.Random, reference: Path) -> Outcome:
   """Strike, type the same command again, and raise AssertionError unless all is as in the run that was not disturbed."""
   said, later = fault.strike(workdir, rng)
-  left, logged = newest(workdir), max(losses(workdir), default=0)
+  left, logged, in_save = newest(workdir), max(losses(workdir), default=0), (workdir / 'checkpoints' / 'partial').exists()
   expected = ([0, *reversed(left)])[-2 if later else -1]
   output = typed_again(workdir, fault.processes)
   assert not later or said in output, output
@@ -208,7 +210,7 @@ def suffer(fault: Fault, workdir: Path, rng: random.Random, reference: Path) -> 
   for ours, theirs in zip(*(trained_state(config, folder) for folder in (workdir, reference)), strict=True):
     np.testing.assert_array_equal(ours, theirs)
   assert losses(workdir) == losses(reference)
-  return Outcome(said, expected, logged - expected)
+  return Outcome(said, expected, logged - expected, in_save)
 
 
 def can_mount() -> bool:

@@ -36,9 +36,10 @@ def trained_state(config, workdir):
 
 
 def losses(workdir):
-  """{step: loss} of metrics.jsonl."""
-  lines = map(json.loads, (Path(workdir) / 'metrics.jsonl').read_text().splitlines())
-  return {line['step']: line['loss'] for line in lines}
+  """{step: loss} of metrics.jsonl, without a last line that was cut off."""
+  lines = (Path(workdir) / 'metrics.jsonl').read_text().splitlines(keepends=True)
+  whole = [json.loads(line) for line in lines if line.endswith('\n')]
+  return {line['step']: line['loss'] for line in whole}
 
 
 def samples(workdir):

@@ -1,4 +1,5 @@
 """The program as it is typed: a process of its own, killed, stopped, short of disk, or given nonsense."""
+import resource
 import signal
 import time
 
@@ -42,9 +43,20 @@ def test_a_full_disk_is_said_and_the_run_goes_on_after_it(tmp_path):
   """A limit on the size of files stands for the full disk: writing fails in the same place."""
   status, output = command(tmp_path / 'run', *flags(), file_limit=30)
   assert status == 1
-  assert 'A checkpoint could not be saved' in output and 'There is no complete one' in output, output
-  assert 'Finished' not in output
+  assert '\nERROR: A checkpoint could not be saved' in output and 'There is no complete one' in output, output
+  assert 'Finished' not in output and 'Task exception was never retrieved' not in output, output
   assert command(tmp_path / 'run', *flags())[0] == 0
+
+
+def test_a_full_disk_that_the_log_meets_first_is_said(tmp_path):
+  path = tmp_path / 'run' / 'metrics.jsonl'
+  process = start(tmp_path / 'run', *flags(checkpoint__every=1000, train__steps=1000))
+  wait_for_step(process, 1)
+  resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (path.stat().st_size + 1000,) * 2)
+  output, _ = process.communicate(timeout=120)
+  assert process.returncode == 1 and 'Traceback' not in output, output
+  assert output.splitlines()[-1] == (f'ERROR: {path} cannot be written: File too large. Make room, then type the same '
+                                     'command to go on from the newest checkpoint.')
 
 
 def test_help_is_quick():
@@ -60,6 +72,7 @@ SENTENCES = {
     'misspelt group': (['--config.trian.steps=3'], 'Did you mean "train"'),
     'illegal value': (['--config.train.steps=0'], 'ERROR: config.train.steps is 0; it must be 1 or more.'),
     'slice in another mode': (['--topology=v5e:2x4'], 'ERROR: --topology is for --mode=plan; the mode is train.'),
+    'bucket': (['--workdir=gs://bucket/run'], "ERROR: --workdir is 'gs://bucket/run'; it must be a folder of a disk."),
     'unknown component': (['--config.solver=dimm()'], "Did you mean 'ddim'"),
 }
 
@@ -69,7 +82,7 @@ def test_bad_words_get_a_sentence_and_no_traceback(tmp_path, case):
   words, sentence = SENTENCES[case]
   status, output = command(tmp_path / 'run', *words)
   assert status == 1 and sentence in output, output
-  assert case not in ('illegal value', 'slice in another mode') or 'Traceback' not in output
+  assert case not in ('illegal value', 'slice in another mode', 'bucket') or 'Traceback' not in output
 
 
 @pytest.mark.parametrize('mode', ['sample', 'evaluate', 'train'])
@@ -80,11 +93,14 @@ def test_an_empty_workdir_gets_a_sentence(tmp_path, mode):
 
 
 def test_sample_and_overrides_from_the_workdir(tmp_path):
-  """--mode=sample reads the config of the workdir, and takes overrides of it."""
+  """--mode=sample reads the config of the workdir, and takes overrides of it. A field that came since has its default."""
   assert command(tmp_path / 'run', *flags(train__steps=1))[0] == 0
+  path = tmp_path / 'run' / 'config.json'
+  path.write_text(path.read_text().replace(',\n    "nonfinite_most": 10', ''))
   words = '--mode=sample', '--config.sample.count=3', '--config.solver=heun()'
   status, output = command(tmp_path / 'run', *words, config=None)
   assert status == 0 and 'samples.png' in output, output
+  assert f'The run in {tmp_path / "run"} is older than config.train.nonfinite_most, which is 10 now.' in output
   assert np.load(tmp_path / 'run' / 'samples' / 'samples.npz')['x'].shape == (3, 8, 8, 1)
   status, output = command(tmp_path / 'run', '--mode=sample', '--config.schedule=flow()', config=None)
   assert status == 1 and "config.schedule: 'cosine()' there, 'flow()' now" in output

@@ -1,5 +1,7 @@
 """metrics.jsonl: what is written, and that a resumed run neither repeats nor leaves broken lines."""
 import json
+import resource
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -51,6 +53,52 @@ def test_an_error_in_the_run_closes_the_files(tmp_path):
       log.scalars(1, {'loss': 0.5})
       raise FloatingPointError('step 2')
   assert losses(tmp_path) == [(1, 0.5)]
+
+
+@contextmanager
+def file_limit(size):
+  """Within it no file grows beyond `size` bytes: the same error, in the same places, as that of a full disk."""
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_stops_the_run_with_the_name_of_the_file(tmp_path):
+  with pytest.raises(OSError) as error, file_limit(200):
+    write(tmp_path, 0, 10)
+  assert (error.value.strerror, error.value.filename) == ('File too large', str(tmp_path / 'metrics.jsonl'))
+  write(tmp_path, 1, 10)  # with room again, from the checkpoint of step 1
+  assert [line['step'] for line in lines(tmp_path)] == list(range(1, 11))
+
+
+def test_a_board_that_cannot_be_written_stops_the_run(tmp_path, monkeypatch):
+  """It is the larger of the two, and a run without scalars of its own has pictures."""
+  picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+  with pytest.raises(OSError, match='File too large: .*tensorboard/events.out.tfevents'), file_limit(5000):
+    with Log(tmp_path, 0, 100, 50, 4) as log:
+      log.image(1, 'sheet', picture)
+
+
+def test_tensorboard_hides_the_steps_that_are_done_again(tmp_path):
+  """A session that starts at step 4 purges the steps from 4 on of the files before it."""
+  from tensorboardX.proto.event_pb2 import Event, SessionLog
+  write(tmp_path, 0, 7)
+  write(tmp_path, 3, 10)
+  def events(path):
+    content, start = path.read_bytes(), 0
+    while start < len(content):  # length, its checksum, the event, its checksum
+      size = int.from_bytes(content[start:start + 8], 'little')
+      yield Event.FromString(content[start + 12:start + 12 + size])
+      start += size + 16
+  first, second = (list(events(path)) for path in sorted((tmp_path / 'tensorboard').iterdir()))
+  assert [(events[1].step, events[1].session_log.status) for events in (first, second)] == [
+      (1, SessionLog.START), (4, SessionLog.START)]
+  loss = lambda events: [(e.step, e.summary.value[0].simple_value) for e in events[2:] if e.summary.value[0].tag == 'loss']
+  assert loss(first) == [(step, step) for step in range(1, 8)]
+  assert loss(second) == [(step, 300 + step) for step in range(4, 11)]
 
 
 @pytest.mark.parametrize('start', [0, 3, 7, 8])

@@ -36,11 +36,10 @@ def test_a_config_comes_back_as_it_was(tmp_path):
   config.extra = ConfigDict({'none': None, 'tiny': 1e-8, 'whole': 1.0, 'zero': 0, 'yes': True, 'empty': (),
                              'deep': ((1,), (2.0,)), 'text': 'guide(2.0) | "é"\n', 'inner': {'a': 1}})
   workdir.write_json(tmp_path / 'config.json', config.to_dict())
-  for again in (workdir.load_config(tmp_path), stored.get_config(str(tmp_path))):
-    before, after = workdir.flatten(config), workdir.flatten(again)
-    assert list(before) == list(after)
-    assert [name for name in before if not same(before[name], after[name])] == []
-    assert after['extra.inner.a'] == 1 and after['data.size'] == (8, 8) and after['train.ema'] == (0.999,)
+  before, after = workdir.flatten(config), workdir.flatten(workdir.load_config(tmp_path))
+  assert list(before) == list(after)
+  assert [name for name in before if not same(before[name], after[name])] == []
+  assert after['extra.inner.a'] == 1 and after['data.size'] == (8, 8) and after['train.ema'] == (0.999,)
 
 
 def test_opening_again_changes_nothing(tmp_path):
@@ -71,13 +70,45 @@ def test_other_fields_are_named(tmp_path):
   assert workdir.load_config(tmp_path).seed == 0  # what is there stays
 
 
-def test_fields_that_came_or_went_are_named(tmp_path):
+def rewrite(path, change):
+  """Change config.json by hand, into what another version would have left."""
+  content = json.loads((path / 'config.json').read_text())
+  change(content)
+  (path / 'config.json').write_text(json.dumps(content))
+
+
+def test_a_field_that_came_since_has_its_default(tmp_path):
+  opened(tmp_path, train__batch=64)
+  rewrite(tmp_path, lambda content: [content['data'].pop('flip'), content.pop('log'), content['sample'].pop('count')])
+  config = stored.get_config(str(tmp_path))
+  expected = base.get_config()
+  expected.train.batch = 64
+  assert same(tuple(workdir.flatten(config).items()), tuple(workdir.flatten(expected).items()))
+  younger = {'data.flip': False, 'log.every': 50, 'log.samples': 0, 'sample.count': 100}
+  assert workdir.check_resumable(config, tmp_path) == younger
+  config.sample.count = 7  # resumable, so that it may differ from the default
+  assert workdir.check_resumable(config, tmp_path) == younger | {'sample.count': 7}
+  config.data.flip = True  # not what the run was trained with
+  with pytest.raises(ValueError, match=r'config.data.flip: no such field there, True now\nTo continue it'):
+    workdir.check_resumable(config, tmp_path)
+
+
+def test_a_field_that_is_gone_is_named(tmp_path):
   config = opened(tmp_path)
-  content = json.loads((tmp_path / 'config.json').read_text())
-  del content['data']['flip']
-  content['train']['old'] = 3
-  (tmp_path / 'config.json').write_text(json.dumps(content))
-  with pytest.raises(ValueError, match=r'(?s)data.flip: None there, False now.*config.train.old: 3 there, None now'):
+  rewrite(tmp_path, lambda content: content['train'].update(old=3))
+  for now in (config, stored.get_config(str(tmp_path))):
+    with pytest.raises(ValueError, match=r'(?s)config.train.old: 3 there, no such field now.* Where train.old did not '
+                                         r'matter, delete it from .*config.json; else take the commit in environment'):
+      workdir.check_resumable(now, tmp_path)
+
+
+def test_without_base_py_nothing_is_filled_in(tmp_path, monkeypatch):
+  """A package that was installed without configs/ cannot know what is new."""
+  config = opened(tmp_path)
+  rewrite(tmp_path, lambda content: content['data'].pop('flip'))
+  monkeypatch.setattr(workdir, '__file__', str(tmp_path / 'a' / 'b' / 'c'))
+  assert 'flip' not in stored.get_config(str(tmp_path)).data
+  with pytest.raises(ValueError, match='config.data.flip: no such field there, False now'):
     workdir.check_resumable(config, tmp_path)
 
 
