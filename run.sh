@@ -41,8 +41,8 @@ install() {
     if command -v flock >/dev/null; then flock 9; fi
     if installed; then exit; fi
     echo "Installing into .venv${extras:+ with [$extras]}; this takes a minute or more."
-    if command -v uv >/dev/null; then  # it brings a Python where there is none that will do
-      [ -x .venv/bin/python ] || uv venv --quiet --python '>=3.11' .venv
+    if command -v uv >/dev/null; then  # it brings a Python where that of the host will not do
+      [ -x .venv/bin/python ] || uv venv --quiet --python "$(find_python 2>/dev/null || echo '>=3.11')" .venv
       uv pip install --quiet --python .venv/bin/python -e ".${extras:+[$extras]}"
     else
       python=$(find_python)
