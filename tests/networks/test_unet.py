@@ -83,6 +83,36 @@ def test_ddpm_has_its_published_size():
   assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 35_746_307
 
 
+ADM = {64: dict(channels=192, multipliers=(1, 2, 3, 4), blocks=3, attention=(False, True, True, True)),
+       256: dict(channels=256, multipliers=(1, 1, 2, 2, 4, 4), blocks=2, attention=(False,) * 3 + (True,) * 3)}
+
+
+@pytest.mark.parametrize('size, published', [(64, 295_904_454), (256, 553_838_086)])
+def test_adm_has_its_published_size(size, published):
+  """295.9 M and 553.8 M with 1000 classes (arXiv:2105.05233, table 11), counted from its description, layer by layer."""
+  c, multipliers, blocks, attention = ADM[size].values()
+  dense, conv, norm = lambda i, o: i * o + o, lambda i, o: 9 * i * o + o, lambda i: 2 * i
+  def block(i, o, attends=False):
+    count = norm(i) + conv(i, o) + dense(4 * c, 2 * o) + norm(o) + conv(o, o) + (dense(i, o) if i != o else 0)
+    return count + (norm(o) + dense(o, 3 * o) + dense(o, o) if attends else 0)
+  total, width, skips = dense(c, 4 * c) + dense(4 * c, 4 * c) + conv(3, c) + norm(c) + conv(c, 6), c, [c]
+  for i, multiplier in enumerate(multipliers):
+    for _ in range(blocks):
+      total, width = total + block(width, c * multiplier, attention[i]), c * multiplier
+      skips.append(width)
+    if i < len(multipliers) - 1:
+      total, skips = total + block(width, width), [*skips, width]
+  total += block(width, width, True) + block(width, width)
+  for i, multiplier in reversed(list(enumerate(multipliers))):
+    for _ in range(blocks + 1):
+      total, width = total + block(width + skips.pop(), c * multiplier, attention[i]), c * multiplier
+    total += block(width, width) if i else 0
+  assert total + 1000 * 4 * c == published
+  net = UNet(6, **ADM[size], head_channels=64, modulation='scale_shift', resample='block')
+  shapes = shapes_of(net, jnp.zeros((1, size, size, 3)), jnp.zeros(1))
+  assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == total
+
+
 CASES = list(itertools.product((1, 2, 3), ('add', 'scale_shift'), ('conv', 'block')))
 
 
