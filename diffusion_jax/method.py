@@ -133,7 +133,7 @@ def make_network(config: ConfigDict, task: Task) -> nn.Module:
   backbone = build(config.network, NETWORKS)
   channels = task.shape[-1] * (2 if _target(config).learns_variance else 1)
   backbone = backbone.clone(out_channels=channels, axes=len(task.shape) - 1)
-  embedders = {'label': embed.Label(task.classes, backbone.vector_size)} if task.classes else {}
+  embedders = {'label': embed.Label(task.classes, backbone.vector_size, backbone.param_dtype)} if task.classes else {}
   net = embed.Conditional(backbone, embedders)
   x, cond = _example(task)
   jax.eval_shape(net.init, jax.random.key(0), x, jnp.zeros(1), cond)

@@ -103,6 +103,19 @@ def test_resume_is_exact_with_all_that_a_method_keeps(tmp_path):
     np.testing.assert_array_equal(a, b)
 
 
+def test_a_config_says_how_the_network_is_computed():
+  config = tiny(network='UNet(channels=8, multipliers=(1,), blocks=2, attention=(True,), dtype="bfloat16", '
+                        'remat="products", scan=True)')
+  net = methods.make_network(config, make_task(config, True))
+  args = jnp.zeros((2, 8, 8, 1)), jnp.zeros(2), {'label': jnp.zeros(2, int)}
+  params = jax.eval_shape(net.init, jax.random.key(0), *args)
+  assert params['params']['backbone']['up_0_0_to_2']['block']['conv_1']['kernel'].shape == (3, 3, 3, 16, 8)
+  loss = lambda params: net.apply(params, *args).sum()
+  text = str(jax.make_jaxpr(jax.grad(loss))(params))
+  assert all(word in text for word in ('remat', 'scan', 'bf16'))
+  assert "dtype=\"bfloat16\"" in config.network
+
+
 @pytest.mark.parametrize('fields, sentence', [
   ({'schedule': 'cosinus()'}, "config.schedule: 'cosinus()': 'cosinus' is unknown. Did you mean 'cosine'"),
   ({'schedule': 'discrete(linear_bets())'}, "'linear_bets' is unknown. Did you mean 'linear_betas'"),
@@ -122,6 +135,8 @@ def test_resume_is_exact_with_all_that_a_method_keeps(tmp_path):
   (VDM | {'times': 'shift(uniform(), 2.0)'}, "config.times 'shift(uniform(), 2.0)': shift by 2.0 needs lower logsnr"),
   ({'schedule': 'geometric()', 'times': 'shift(uniform(), 0.5)'}, "'shift(uniform(), 0.5)': shift by 0.5 needs higher"),
   ({'evaluate.trace': 'hutchinson(0)'}, "config.evaluate.trace: 'hutchinson(0)': hutchinson needs"),
+  ({'network': 'UNet(dtype="half")'}, "UNet got dtype='half'; it knows ('bfloat16', 'float32', 'float64')"),
+  ({'network': 'UNet(remat="blocks")'}, "UNet got remat='blocks'; it knows ('none', 'block', 'products')"),
   ({'times': 'mode(3.0)'}, 'mode needs -1 <= scale <= 2 / (pi - 2)'),
 ])
 def test_bad_input_gets_a_sentence_before_anything_is_compiled(fields, sentence):

@@ -1,4 +1,7 @@
-"""Layers that the backbones share. Axes are [batch, *space, channels]; norms and softmax are computed in float32."""
+"""Layers that the backbones share. Axes are [batch, *space, channels].
+
+Products are computed in dtype; norms, softmax and every sum, also those of the backward pass, in wide(dtype).
+"""
 import zlib
 
 import jax
@@ -11,21 +14,35 @@ from jaxtyping import Array, Float, Key
 fan_avg = nn.initializers.variance_scaling(1.0, 'fan_avg', 'uniform')
 
 
-def sinusoid(feature: Float[Array, 'batch'], size: int, shift: int = 0, period: float = 10_000.0) -> Array:
-  """[sin(f w_i), cos(f w_i)] with w_i = period^(-i / (size/2 - shift)) (arXiv:1706.03762, sec. 3.5), [B, size], float32.
+def wide(dtype: str | jnp.dtype) -> jnp.dtype:
+  """The type in which is summed what has type `dtype`: float32, or float64 for float64."""
+  return jnp.promote_types(dtype, jnp.float32)
+
+
+def wide_bias(x, kernel, bias, dtype):
+  """The `promote_dtype` of Flax layers whose product has type `dtype` and whose result, with the bias added, is wide.
+
+  A bias added in bfloat16 would have a gradient that is summed over batch and space in bfloat16.
+  """
+  return x.astype(dtype), kernel.astype(dtype), bias.astype(wide(dtype))
+
+
+def sinusoid(feature: Float[Array, 'batch'], size: int, shift: int = 0, period: float = 10_000.0,
+             dtype: str | jnp.dtype = jnp.float32) -> Array:
+  """[sin(f w_i), cos(f w_i)] with w_i = period^(-i / (size/2 - shift)) (arXiv:1706.03762, sec. 3.5), [B, size].
 
   shift is 1 in DDPM, 0 in ADM, DiT and Stable Diffusion.
   """
   if size % 2 or size // 2 <= shift:
     raise ValueError(f'sinusoid needs an even size above {2 * shift}; got {size}.')
   half = size // 2
-  frequencies = jnp.exp(-np.log(period) * np.arange(half, dtype=np.float32) / (half - shift))
-  angles = feature.astype(jnp.float32)[:, None] * frequencies[None]
+  frequencies = np.exp(-np.log(period) * np.arange(half) / (half - shift))
+  angles = feature.astype(dtype)[:, None] * jnp.asarray(frequencies, dtype)[None]
   return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
 
 
 class GroupNorm(nn.Module):
-  """Group normalisation in float32 (arXiv:1803.08494), with at most `groups` groups, of four channels or more.
+  """Group normalisation (arXiv:1803.08494), with at most `groups` groups, of four channels or more; its result is wide.
 
   A group of one channel would remove whatever is added to the whole channel, such as a time embedding.
   """
@@ -37,19 +54,26 @@ class GroupNorm(nn.Module):
     channels = x.shape[-1]
     most = max(1, min(self.groups, channels // 4))
     groups = next(count for count in range(most, 0, -1) if channels % count == 0)
-    norm = nn.GroupNorm(groups, epsilon=1e-6, dtype=jnp.float32, param_dtype=self.param_dtype, name='norm')
-    return norm(x).astype(x.dtype)
+    return nn.GroupNorm(groups, epsilon=1e-6, dtype=wide(x.dtype), param_dtype=self.param_dtype, name='norm')(x)
+
+
+def place_of(path: tuple[str, ...]) -> np.uint32:
+  """The number of a place in a network."""
+  return np.uint32(zlib.crc32('/'.join(path).encode()))
 
 
 class Dropout(nn.Module):
-  """Dropout whose mask belongs to the example: drawn from its key and this layer's place in the network."""
+  """Dropout whose mask belongs to the example: drawn from its key and this layer's place in the network.
+
+  `place` is that of its path unless given: all iterations of a scan have one path.
+  """
   rate: float
 
   @nn.compact
-  def __call__(self, x, keys: Key[Array, 'batch'] | None):
+  def __call__(self, x, keys: Key[Array, 'batch'] | None, place=None):
     if not self.rate or keys is None:
       return x
-    place = np.uint32(zlib.crc32('/'.join(self.path).encode()))
+    place = place_of(self.path) if place is None else place
     draw = lambda key: jax.random.bernoulli(jax.random.fold_in(key, place), 1 - self.rate, x.shape[1:])
     return jnp.where(jax.vmap(draw)(keys), x / (1 - self.rate), 0)
 
@@ -72,28 +96,38 @@ class Attention(nn.Module):
     if channels % head:
       raise ValueError(f'Attention over {channels} channels cannot have heads of {head}; choose a divisor.')
     dense = lambda size, name, init=fan_avg: nn.Dense(
-        size, kernel_init=init, dtype=self.dtype, param_dtype=self.param_dtype, name=name)
+        size, kernel_init=init, dtype=self.dtype, param_dtype=self.param_dtype, promote_dtype=wide_bias, name=name)
     tokens = lambda a: a.reshape(a.shape[0], -1, a.shape[-1])
     h = tokens(GroupNorm(self.groups, self.param_dtype, name='norm')(x))
     if sequence is None:
       query, key, value = jnp.split(dense(3 * channels, 'qkv')(h), 3, -1)
     else:
       query = dense(channels, 'query')(h)
-      key, value = jnp.split(dense(2 * channels, 'key_value')(sequence.astype(self.dtype)), 2, -1)
-    heads = lambda a: rearrange(a, 'b l (n h) -> b l n h', h=head)
+      key, value = jnp.split(dense(2 * channels, 'key_value')(sequence), 2, -1)
+    heads = lambda a: rearrange(a.astype(self.dtype), 'b l (n h) -> b l n h', h=head)
     mask = None if mask is None else mask[:, None, None, :]
-    h = jax.nn.dot_product_attention(heads(query), heads(key), heads(value), mask=mask)
+    h = softmax_attention(heads(query), heads(key), heads(value), mask)
     h = dense(channels, 'out', nn.initializers.zeros)(rearrange(h, 'b l n h -> b l (n h)'))
-    return (x + h.reshape(x.shape)) * self.scale
+    return ((x + h.reshape(x.shape)) * self.scale).astype(x.dtype)
+
+
+def softmax_attention(query: Array, key: Array, value: Array, mask: Array | None) -> Array:
+  """softmax(q k^T / sqrt(head)) v for [B, L, heads, head], the softmax in float32, or in float64 for float64."""
+  if query.dtype != jnp.float64:
+    return jax.nn.dot_product_attention(query, key, value, mask=mask)
+  logits = jnp.einsum('bqnh,bknh->bnqk', query, key) / np.sqrt(query.shape[-1])  # JAX's own takes a float32 softmax of it
+  logits = logits if mask is None else jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
+  return jnp.einsum('bnqk,bknh->bqnh', jax.nn.softmax(logits), value)
 
 
 def upsample(x: Array, stride: tuple[int, ...]) -> Array:
   """Repeat every entry `stride` times along each spatial axis (nearest neighbour)."""
+  large = x.astype(wide(x.dtype))  # its gradient is a sum over the repeated entries
   for axis, factor in enumerate(stride, 1):
-    x = jnp.repeat(x, factor, axis)
-  return x
+    large = jnp.repeat(large, factor, axis)
+  return large.astype(x.dtype)
 
 
 def average_pool(x: Array, stride: tuple[int, ...]) -> Array:
   """The mean of every block of `stride` entries."""
-  return nn.avg_pool(x, stride, stride)
+  return nn.avg_pool(x.astype(wide(x.dtype)), stride, stride).astype(x.dtype)

@@ -1,12 +1,35 @@
 """The U-Net of DDPM, DDPM++ and ADM, for 1, 2 and 3 spatial axes (arXiv:2006.11239, 2011.13456, 2105.05233)."""
+import itertools
 import math
 from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
 
+import jax
+import numpy as np
 from flax import linen as nn
+from jax import lax
 from jax import numpy as jnp
 
 from diffusion_jax.networks.embed import Conditioning
-from diffusion_jax.networks.layers import Attention, Dropout, GroupNorm, average_pool, fan_avg, sinusoid, upsample
+from diffusion_jax.networks.layers import (
+  Attention,
+  Dropout,
+  GroupNorm,
+  average_pool,
+  fan_avg,
+  place_of,
+  sinusoid,
+  upsample,
+  wide,
+  wide_bias,
+)
+
+REMAT = {'none': None, 'block': jax.checkpoint_policies.nothing_saveable,
+         'products': lambda primitive, *_, **fields: primitive == lax.conv_general_dilated_p or (
+             jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *_, **fields))}
+LEGAL = {'modulation': ('add', 'scale_shift'), 'resample': ('conv', 'block'), 'remat': tuple(REMAT),
+         'dtype': ('bfloat16', 'float32', 'float64'), 'param_dtype': ('float32', 'float64')}
 
 
 class ResBlock(nn.Module):
@@ -28,12 +51,12 @@ class ResBlock(nn.Module):
   param_dtype: jnp.dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x, time, keys=None):
-    types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+  def __call__(self, x, time, keys=None, place=None):
+    types = dict(dtype=self.dtype, param_dtype=self.param_dtype, promote_dtype=wide_bias)
     norm = lambda name: GroupNorm(self.groups, self.param_dtype, name=name)
     change = {None: lambda a: a, 'up': lambda a: upsample(a, self.stride),
               'down': lambda a: average_pool(a, self.stride)}[self.resample]
-    h = change(nn.silu(norm('norm_1')(x)))
+    h = change(nn.silu(norm('norm_1')(x).astype(self.dtype)))
     h = nn.Conv(self.channels, self.kernel, kernel_init=fan_avg, name='conv_1', **types)(h)
     width = self.channels * (2 if self.modulation == 'scale_shift' else 1)
     time = nn.Dense(width, kernel_init=fan_avg, name='time', **types)(nn.silu(time))
@@ -43,12 +66,70 @@ class ResBlock(nn.Module):
       h = norm('norm_2')(h) * (1 + scale) + shift
     else:
       h = norm('norm_2')(h + time)
-    h = Dropout(self.dropout, name='dropout')(nn.silu(h), keys)
+    h = Dropout(self.dropout, name='dropout')(nn.silu(h.astype(self.dtype)), keys, place)
     h = nn.Conv(self.channels, self.kernel, kernel_init=nn.initializers.zeros, name='conv_2', **types)(h)
     x = change(x)
     if x.shape[-1] != self.channels:  # a 1x1 convolution, as the matrix product that it is
       x = nn.Dense(self.channels, kernel_init=fan_avg, name='skip', **types)(x)
-    return (x + h) * self.scale
+    return ((x + h) * self.scale).astype(self.dtype)
+
+
+class Stage(NamedTuple):
+  """A place on the way through the U-Net: a residual block with what follows it, or the convolution between levels."""
+  name: str
+  size: int  # channels of its result
+  attention: str = ''  # the name of the attention after the block, '' for none
+  skip: int = 0  # channels that it takes from the way down, 0 for none
+  keep: bool = False  # its result is kept for the way up
+  resample: str | None = None  # 'up', 'down'
+
+
+def plan(channels: int, multipliers: Sequence[int], blocks: int, attention: Sequence[bool]) -> list[Stage]:
+  """All stages in order: down, middle, up."""
+  last, stages, kept = len(multipliers) - 1, [], [channels]
+  sizes = [channels * multiplier for multiplier in multipliers]
+  attend = lambda i, name: f'{name}_attention' if attention[i] else ''
+  for i, size in enumerate(sizes):
+    names = [f'down_{i}_{j}' for j in range(blocks)]
+    level = [Stage(name, size, attend(i, name), keep=True) for name in names]
+    level += [Stage(f'down_{i}_resample', size, keep=True, resample='down')] if i < last else []
+    stages, kept = stages + level, kept + [size] * len(level)
+  stages += [Stage('middle_0', sizes[-1], 'middle_attention'), Stage('middle_1', sizes[-1])]
+  for i, size in reversed(list(enumerate(sizes))):
+    names = [f'up_{i}_{j}' for j in range(blocks + 1)]
+    stages += [Stage(name, size, attend(i, name), skip=kept.pop()) for name in names]
+    stages += [Stage(f'up_{i}_resample', size, resample='up')] if i else []
+  return stages
+
+
+def equal_runs(stages: list[Stage], channels: int) -> list[list[Stage]]:
+  """The stages in runs of neighbours whose parameters have the same shapes; `channels` go into the first."""
+  widths = [channels, *(stage.size for stage in stages)]
+  def kind(pair):
+    width, stage = pair
+    return width, stage._replace(name='', attention=bool(stage.attention))
+  return [[stage for _, stage in run] for _, run in itertools.groupby(zip(widths[:-1], stages, strict=True), kind)]
+
+
+class Block(nn.Module):
+  """What `through` does, as the body of a scan: (h, skip, place of the dropout, ...) -> (h, h if it is kept)."""
+  block: nn.Module
+  attention: nn.Module | None
+  cross: nn.Module | None
+  keep: bool
+
+  def __call__(self, h, skip, place, time, conditioning, keys):
+    h = through((self.block, self.attention, self.cross), h, skip, place, time, conditioning, keys)
+    return h, h if self.keep else None
+
+
+def through(parts, h, skip, place, time, conditioning, keys):
+  """h, with the skip if there is one, through a residual block, attention, and attention to the sequence, or None."""
+  block, attention, cross = parts
+  h = h if skip is None else jnp.concatenate([h, skip], -1)
+  h = block(h, time, keys, place)
+  h = h if attention is None else attention(h)
+  return h if cross is None else cross(h, conditioning.sequence, conditioning.mask)
 
 
 class UNet(nn.Module):
@@ -58,8 +139,13 @@ class UNet(nn.Module):
   attention[i] is true; the middle always has it. Between levels the resolution changes by `stride`, by a convolution
   (resample='conv', DDPM) or inside a residual block (resample='block', DDPM++ and ADM). A conditioning vector
   [B, 4 * channels] is added to the time embedding, a sequence is attended to after every self-attention, channels are
-  concatenated to x. skip_rescale multiplies residual sums by 1 / sqrt(2). remat recomputes each block in the backward
-  pass. Parameters are kept in param_dtype, products computed in dtype.
+  concatenated to x. skip_rescale multiplies residual sums by 1 / sqrt(2).
+
+  Parameters are kept in param_dtype, products computed in dtype, but for the time embedding and the first and last
+  convolution, which are computed as sums are, in float32 (float64 for float64). remat says what is kept for the backward
+  pass: everything, 'none'; the results of products with parameters, 'products'; the input of each block and each
+  attention, 'block'; all else is computed again. scan=True runs equal neighbouring blocks as one loop over stacked
+  parameters, named after its first block and its last: the same function, compiled faster.
   """
   out_channels: int = 3
   channels: int = 128
@@ -76,9 +162,10 @@ class UNet(nn.Module):
   dropout: float = 0.0
   groups: int = 32
   frequency_shift: int = 0
-  remat: bool = False
-  dtype: jnp.dtype = jnp.float32
-  param_dtype: jnp.dtype = jnp.float32
+  remat: str = 'none'
+  scan: bool = False
+  dtype: str = 'float32'
+  param_dtype: str = 'float32'
 
   @property
   def vector_size(self) -> int:
@@ -88,62 +175,75 @@ class UNet(nn.Module):
   @nn.compact
   def __call__(self, x, feature, conditioning=Conditioning(), keys=None):
     self._check(x)
-    kernel, stride = (each if isinstance(each, Sequence) else (each,) * self.axes for each in (self.kernel, self.stride))
-    types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-    scale = math.sqrt(0.5) if self.skip_rescale else 1.0
-    wrap = (lambda module: nn.remat(module)) if self.remat else (lambda module: module)
-    conv = lambda size, name, init=fan_avg, strides=1: nn.Conv(
-        size, kernel, strides, kernel_init=init, name=name, **types)
-    def block(h, size, name, resample=None):
-      return wrap(ResBlock)(size, self.axes, kernel, stride, resample, self.modulation, self.dropout, scale,
-                            self.groups, name=name, **types)(h, time, keys)
-    def attend(h, name):
-      options = dict(head_channels=self.head_channels, groups=self.groups, scale=scale, **types)
-      h = wrap(Attention)(name=name, **options)(h)
-      if conditioning.sequence is not None:
-        h = wrap(Attention)(name=f'{name}_cross', **options)(h, conditioning.sequence, conditioning.mask)
-      return h
-
-    time = self._time(feature, conditioning.vector, types)
+    shared = self._time(feature, conditioning.vector), conditioning, keys
     if conditioning.channels is not None:
       x = jnp.concatenate([x, conditioning.channels.astype(x.dtype)], -1)
-    h = conv(self.channels, 'in')(x.astype(self.dtype))
-    skips, last = [h], len(self.multipliers) - 1
-    for i, multiplier in enumerate(self.multipliers):
-      size = self.channels * multiplier
-      for j in range(self.blocks):
-        h = block(h, size, f'down_{i}_{j}')
-        h = attend(h, f'down_{i}_{j}_attention') if self.attention[i] else h
-        skips.append(h)
-      if i < last:
-        h = (block(h, size, f'down_{i}_resample', 'down') if self.resample == 'block'
-             else conv(size, f'down_{i}_resample', strides=stride)(h))
-        skips.append(h)
-    h = block(h, size, 'middle_0')
-    h = attend(h, 'middle_attention')
-    h = block(h, size, 'middle_1')
-    for i, multiplier in reversed(list(enumerate(self.multipliers))):
-      size = self.channels * multiplier
-      for j in range(self.blocks + 1):
-        h = block(jnp.concatenate([h, skips.pop()], -1), size, f'up_{i}_{j}')
-        h = attend(h, f'up_{i}_{j}_attention') if self.attention[i] else h
-      if i:
-        h = (block(h, size, f'up_{i}_resample', 'up') if self.resample == 'block'
-             else conv(size, f'up_{i}_resample')(upsample(h, stride)))
+    h = self._conv(self.channels, 'in', wide(self.dtype))(x).astype(self.dtype)
+    stages, skips = plan(self.channels, self.multipliers, self.blocks, self.attention), [h]
+    for run in equal_runs(stages, self.channels) if self.scan else [[stage] for stage in stages]:
+      taken = [skips.pop() for stage in run if stage.skip]
+      h, kept = self._scan(run, h, taken, shared) if len(run) > 1 else self._stage(run[0], h, taken, shared)
+      skips += kept
     h = nn.silu(GroupNorm(self.groups, self.param_dtype, name='norm')(h))
-    return conv(self.out_channels, 'out', nn.initializers.zeros)(h).astype(jnp.float32)
+    return self._conv(self.out_channels, 'out', wide(self.dtype), nn.initializers.zeros)(h)
 
-  def _time(self, feature, vector, types):
+  def _stage(self, stage, h, taken, shared):
+    """The result of a stage, and a list of it if it is kept."""
+    if stage.resample and self.resample == 'conv':
+      h = upsample(h, self._each('stride')) if stage.resample == 'up' else h
+      strides = self._each('stride') if stage.resample == 'down' else 1
+      h = self._conv(stage.size, stage.name, self.dtype, strides=strides)(h).astype(self.dtype)
+    else:
+      names = stage.name, stage.attention, f'{stage.attention}_cross'
+      h = through(self._parts(stage, names, shared, self), h, *taken or [None], None, *shared)
+    return h, [h] if stage.keep else []
+
+  def _scan(self, run, h, taken, shared):
+    """The result of a run of equal stages, and a list of those of all of them if they are kept."""
+    every = dict(in_axes=(0, 0, *[nn.broadcast] * len(shared)), variable_axes={'params': 0}, split_rngs={'params': True})
+    parts = self._parts(run[0], (None, None, None), shared, None)
+    name = f'{run[0].name}_to_{run[-1].name.rpartition("_")[2]}'
+    places = np.array([place_of((*self.path, stage.name, 'dropout')) for stage in run])
+    h, results = nn.scan(Block, length=len(run), **every)(*parts, run[0].keep, name=name)(
+        h, jnp.stack(taken) if taken else None, places, *shared)
+    return h, list(results) if run[0].keep else []
+
+  def _parts(self, stage, names, shared, parent):
+    """The modules of a block: itself, its attention and that to the sequence, or None."""
+    wrap = (lambda module: module) if self.remat == 'none' else partial(nn.remat, policy=REMAT[self.remat])
+    types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+    scale = math.sqrt(0.5) if self.skip_rescale else 1.0
+    attend = lambda name: wrap(Attention)(self.head_channels, self.groups, scale, parent=parent, name=name, **types)
+    return (wrap(ResBlock)(stage.size, self.axes, self._each('kernel'), self._each('stride'), stage.resample,
+                           self.modulation, self.dropout, scale, self.groups, parent=parent, name=names[0], **types),
+            attend(names[1]) if stage.attention else None,
+            attend(names[2]) if stage.attention and shared[1].sequence is not None else None)
+
+  def _conv(self, size, name, dtype, init=fan_avg, strides=1):
+    return nn.Conv(size, self._each('kernel'), strides, kernel_init=init, dtype=dtype, param_dtype=self.param_dtype,
+                   promote_dtype=wide_bias, name=name)
+
+  def _time(self, feature, vector):
     """The time embedding [B, vector_size], with the conditioning vector added."""
-    dense = lambda name: nn.Dense(self.vector_size, kernel_init=fan_avg, name=name, **types)
-    time = dense('time_1')(nn.silu(dense('time_0')(sinusoid(feature, self.channels, self.frequency_shift))))
-    return time if vector is None else time + vector.astype(self.dtype)
+    dtype = wide(self.dtype)
+    dense = lambda name: nn.Dense(
+        self.vector_size, kernel_init=fan_avg, dtype=dtype, param_dtype=self.param_dtype, name=name)
+    time = sinusoid(feature, self.channels, self.frequency_shift, dtype=dtype)
+    time = dense('time_1')(nn.silu(dense('time_0')(time)))
+    return time if vector is None else time + vector.astype(dtype)
+
+  def _each(self, name):
+    """The field `name`, kernel or stride, as one number an axis."""
+    sizes = getattr(self, name)
+    return sizes if isinstance(sizes, Sequence) else (sizes,) * self.axes
 
   def _check(self, x):
     """Raise ValueError if fields contradict each other or x."""
-    for name, legal in (('modulation', ('add', 'scale_shift')), ('resample', ('conv', 'block'))):
+    for name, legal in LEGAL.items():
       if getattr(self, name) not in legal:
         raise ValueError(f'UNet got {name}={getattr(self, name)!r}; it knows {legal}.')
+    if 'float64' in (self.dtype, self.param_dtype) and not jax.config.jax_enable_x64:
+      raise ValueError(f'UNet got dtype={self.dtype!r}, param_dtype={self.param_dtype!r}; float64 needs JAX_ENABLE_X64=1.')
     if len(self.attention) != len(self.multipliers):
       raise ValueError(f'UNet has {len(self.multipliers)} levels, multipliers={tuple(self.multipliers)}, but attention='
                        f'{tuple(self.attention)} speaks of {len(self.attention)}: give one truth value a level.')
@@ -154,8 +254,7 @@ class UNet(nn.Module):
       sizes = getattr(self, name)
       if isinstance(sizes, Sequence) and len(sizes) != self.axes:
         raise ValueError(f'UNet got {name}={tuple(sizes)} for {self.axes} axes: give one number an axis, or one for all.')
-    stride = self.stride if isinstance(self.stride, Sequence) else (self.stride,) * self.axes
-    factor = tuple(each ** (len(self.multipliers) - 1) for each in stride)
+    factor = tuple(each ** (len(self.multipliers) - 1) for each in self._each('stride'))
     if any(size % each for size, each in zip(x.shape[1:-1], factor, strict=True)):
       raise ValueError(f'UNet with {len(self.multipliers)} levels needs sizes divisible by {factor}; got '
                        f'{x.shape[1:-1]}. Resize or pad the data, or give fewer multipliers.')

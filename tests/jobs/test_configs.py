@@ -4,6 +4,7 @@ import os
 import re
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,6 +14,7 @@ from diffusion_jax.run import open_run
 from diffusion_jax.runtime.workdir import flatten, load_config
 from tests.jobs.runs import ROOT
 
+PARAMETERS = {'cifar10': 35_746_307, 'imagenet_64': 295_904_454 + 768, 'imagenet_256': 553_838_086 + 1024}
 NAMES = sorted(path.stem for path in (ROOT / 'configs').glob('*.py'))
 
 
@@ -33,8 +35,8 @@ def pictures(folder, size, channels):
 
 def shrunk(config, folder):
   """The same config with a small network, few steps, and, where it reads files, a folder of random images."""
-  config.network = re.sub(r'\bchannels=\d+', 'channels=8', re.sub('head_channels=32', 'head_channels=8', config.network))
-  config.grid = re.sub(r'uniform\(\d+', 'uniform(3', config.grid)
+  config.network = re.sub(r'\bchannels=\d+', 'channels=8', re.sub(r'head_channels=\d+', 'head_channels=8', config.network))
+  config.grid = re.sub(r'(uniform|linspace)\(\d+', r'\1(3', config.grid)
   config.train.steps, config.train.batch, config.log.samples, config.mesh = 2, 8, 0, 'data=1'
   config.sample.count = config.sample.batch = 4
   config.evaluate.count = config.evaluate.batch = 8
@@ -55,12 +57,16 @@ def test_config_trains_saves_restores_and_samples(name, tmp_path):
 
 @pytest.mark.parametrize('name', NAMES)
 def test_config_is_sound_at_full_size(name, tmp_path):
-  """Everything that it names is built, and its network and sampler are traced; nothing is compiled."""
+  """Everything that it names is built, and its network and sampler are traced; nothing is compiled. A published network
+  has its published size (see tests/networks/test_unet.py; a null class more)."""
   config = load(name)
   if config.data.source != 'digits':
     config.data.source, config.data.holdout = 'folder', 16
     config.data.path = pictures(tmp_path / 'images', config.data.size, config.data.channels)
-  open_run(config, tmp_path / 'run', read=True)
+  this = open_run(config, tmp_path / 'run', read=True)
+  params, _ = jax.eval_shape(this.method.init, jax.random.key(0))
+  size = sum(leaf.size for leaf in jax.tree.leaves(params))
+  assert size == PARAMETERS.get(name, size)
 
 
 @pytest.mark.parametrize('name', NAMES)

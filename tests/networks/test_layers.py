@@ -44,13 +44,13 @@ def test_group_norm_normalises_each_group(groups, channels, used):
 
 
 def test_group_norm_counts_in_float32():
-  """In bfloat16 a mean of 100 would drown the differences; the result has the type of x, the parameters are float32."""
+  """In bfloat16 a mean of 100 would drown the differences; the result and the parameters are float32."""
   x = jnp.asarray(100 + normal(2, 64, 8), jnp.bfloat16)
   layer = GroupNorm(2)
   params = layer.init(jax.random.key(0), x)
   out = layer.apply(params, x)
-  assert out.dtype == jnp.bfloat16 and params['params']['norm']['scale'].dtype == jnp.float32
-  np.testing.assert_allclose(np.asarray(out, np.float64).reshape(2, 64, 2, 4).var((1, 3)), 1, atol=2e-2)
+  assert out.dtype == params['params']['norm']['scale'].dtype == jnp.float32
+  np.testing.assert_allclose(np.asarray(out, np.float64).reshape(2, 64, 2, 4).var((1, 3)), 1, atol=2e-3)
 
 
 class Twice(nn.Module):

@@ -83,13 +83,43 @@ def test_ddpm_has_its_published_size():
   assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 35_746_307
 
 
+ADM = {64: dict(channels=192, multipliers=(1, 2, 3, 4), blocks=3, attention=(False, True, True, True)),
+       256: dict(channels=256, multipliers=(1, 1, 2, 2, 4, 4), blocks=2, attention=(False,) * 3 + (True,) * 3)}
+
+
+@pytest.mark.parametrize('size, published', [(64, 295_904_454), (256, 553_838_086)])
+def test_adm_has_its_published_size(size, published):
+  """295.9 M and 553.8 M with 1000 classes (arXiv:2105.05233, table 11), counted from its description, layer by layer."""
+  c, multipliers, blocks, attention = ADM[size].values()
+  dense, conv, norm = lambda i, o: i * o + o, lambda i, o: 9 * i * o + o, lambda i: 2 * i
+  def block(i, o, attends=False):
+    count = norm(i) + conv(i, o) + dense(4 * c, 2 * o) + norm(o) + conv(o, o) + (dense(i, o) if i != o else 0)
+    return count + (norm(o) + dense(o, 3 * o) + dense(o, o) if attends else 0)
+  total, width, skips = dense(c, 4 * c) + dense(4 * c, 4 * c) + conv(3, c) + norm(c) + conv(c, 6), c, [c]
+  for i, multiplier in enumerate(multipliers):
+    for _ in range(blocks):
+      total, width = total + block(width, c * multiplier, attention[i]), c * multiplier
+      skips.append(width)
+    if i < len(multipliers) - 1:
+      total, skips = total + block(width, width), [*skips, width]
+  total += block(width, width, True) + block(width, width)
+  for i, multiplier in reversed(list(enumerate(multipliers))):
+    for _ in range(blocks + 1):
+      total, width = total + block(width + skips.pop(), c * multiplier, attention[i]), c * multiplier
+    total += block(width, width) if i else 0
+  assert total + 1000 * 4 * c == published
+  net = UNet(6, **ADM[size], head_channels=64, modulation='scale_shift', resample='block')
+  shapes = shapes_of(net, jnp.zeros((1, size, size, 3)), jnp.zeros(1))
+  assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == total
+
+
 CASES = list(itertools.product((1, 2, 3), ('add', 'scale_shift'), ('conv', 'block')))
 
 
 @pytest.mark.parametrize('axes, modulation, resample', CASES)
 def test_shapes_and_types(axes, modulation, resample):
   space = (4, 6, 2)[:axes]
-  net = UNet(**SMALL, out_channels=5, axes=axes, modulation=modulation, resample=resample, dtype=jnp.bfloat16)
+  net = UNet(**SMALL, out_channels=5, axes=axes, modulation=modulation, resample=resample, dtype='bfloat16')
   args = inputs(space)
   params = shapes_of(net, *args)
   out = jax.eval_shape(net.apply, params, *args)
@@ -182,37 +212,6 @@ def test_a_row_does_not_see_the_others(rich):
   np.testing.assert_allclose(moved, out[order], rtol=1e-4, atol=1e-5)
 
 
-def test_remat_changes_nothing(rich):
-  """The same parameters, dropout masks, output and gradients."""
-  params, call, args = rich
-  net = UNet(**RICH, remat=True)
-  assert jax.tree.map(jnp.shape, shapes_of(net, *args)) == jax.tree.map(jnp.shape, params)
-  for ours, theirs in zip(make_call(net, params, args)(params, *args), call(params, *args), strict=True):
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-      np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max())
-
-
-def test_remat_is_there():
-  """With it, the backward pass computes each block again: its program has more convolutions."""
-  x, feature, *_ = inputs()
-  count = {}
-  for remat in (False, True):
-    net = UNet(**SMALL, remat=remat)
-    params = shapes_of(net, x, feature)
-    grad = jax.grad(lambda params, net=net: net.apply(params, x, feature).sum())
-    count[remat] = str(jax.make_jaxpr(grad)(params)).count('conv_general_dilated[')
-  assert count[True] > count[False]
-
-
-def test_bfloat16_is_near_float32(rich):
-  params, call, args = rich
-  exact, _ = call(params, *args)
-  out = quick(UNet(**RICH, dtype=jnp.bfloat16).apply)(params, *args)
-  assert out.dtype == jnp.float32
-  error = np.sqrt(np.mean((out - exact)**2)) / np.std(exact)
-  assert 1e-4 < error < 0.05  # eight bits of mantissa: neither float32 in disguise nor broken
-
-
 @pytest.mark.parametrize('channels', [12, 32, 64])
 def test_a_block_hears_the_time(channels):
   """Whatever the width: the group norm that follows must not take the added time out again."""
@@ -227,6 +226,10 @@ def test_a_block_hears_the_time(channels):
 WRONG = {
     'modulation': (dict(modulation='film'), (4, 4), r"modulation='film'; it knows \('add', 'scale_shift'\)"),
     'resample': (dict(resample='pool'), (4, 4), r"resample='pool'; it knows \('conv', 'block'\)"),
+    'remat': (dict(remat=True), (4, 4), r"remat=True; it knows \('none', 'block', 'products'\)"),
+    'dtype': (dict(dtype='bf16'), (4, 4), r"dtype='bf16'; it knows \('bfloat16', 'float32', 'float64'\)"),
+    'param_dtype': (dict(param_dtype='bfloat16'), (4, 4), r"param_dtype='bfloat16'; it knows \('float32', 'float64'\)"),
+    'float64': (dict(dtype='float64'), (4, 4), "dtype='float64', param_dtype='float32'; float64 needs JAX_ENABLE_X64=1"),
     'attention': (dict(attention=(True,)), (4, 4), r'has 2 levels, multipliers=\(1, 2\), but attention=\(True,\)'),
     'axes': (dict(axes=3), (4, 4), r'axes=3 needs x of 5 axes.* got shape \(3, 4, 4, 3\)'),
     'size': ({}, (4, 5), r'2 levels needs sizes divisible by \(2, 2\); got \(4, 5\)'),
