@@ -36,6 +36,7 @@ def pictures(folder, size, channels):
 def shrunk(config, folder):
   """The same config with a small network, few steps, and, where it reads files, a folder of random images."""
   config.network = re.sub(r'\bchannels=\d+', 'channels=8', re.sub(r'head_channels=\d+', 'head_channels=8', config.network))
+  config.network = re.sub(r'\bblocks=\d+', 'blocks=1', config.network)
   config.grid = re.sub(r'(uniform|linspace)\(\d+', r'\1(3', config.grid)
   config.train.steps, config.train.batch, config.log.samples, config.mesh = 2, 8, 0, 'data=1'
   config.sample.count = config.sample.batch = 4
