@@ -65,7 +65,9 @@ def place_of(path: tuple[str, ...]) -> np.uint32:
 class Dropout(nn.Module):
   """Dropout whose mask belongs to the example: drawn from its key and this layer's place in the network.
 
-  `place` is that of its path unless given: all iterations of a scan have one path.
+  `place` is that of its path unless given: all iterations of a scan have one path. The barrier makes the
+  mask an array: else XLA draws it anew in every product that reads it, forward and backward, and a
+  TPU's compiler takes twice as long for each of them.
   """
   rate: float
 
@@ -75,7 +77,8 @@ class Dropout(nn.Module):
       return x
     place = place_of(self.path) if place is None else place
     draw = lambda key: jax.random.bernoulli(jax.random.fold_in(key, place), 1 - self.rate, x.shape[1:])
-    return jnp.where(jax.vmap(draw)(keys), x / (1 - self.rate), 0)
+    mask = jax.lax.optimization_barrier(jax.vmap(draw)(keys))
+    return jnp.where(mask, x / (1 - self.rate), 0)
 
 
 class Attention(nn.Module):

@@ -1,4 +1,6 @@
 """Layers against numpy."""
+import importlib.util
+
 import jax
 import numpy as np
 import pytest
@@ -6,6 +8,8 @@ from flax import linen as nn
 from jax import numpy as jnp
 
 from diffusion_jax.networks.layers import Attention, Dropout, GroupNorm, average_pool, sinusoid, upsample
+from diffusion_jax.runtime.mesh import make_mesh, replicated
+from diffusion_jax.runtime.topology import open_topology
 
 
 def normal(*shape, seed=0):
@@ -84,6 +88,23 @@ def test_dropout_is_off_without_keys_or_rate():
   x = jnp.asarray(normal(2, 30))
   np.testing.assert_array_equal(Twice().apply({}, x, None)[0], x)
   np.testing.assert_array_equal(Twice(0.0).apply({}, x, jax.random.split(jax.random.key(0), 2))[0], x)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason="libtpu is not installed: pip install -e '.[plan]'")
+def test_a_mask_is_drawn_once_a_step():
+  """A TPU's program of the gradients has the random bits of the loss and no others: products do not draw them again."""
+  mesh = make_mesh('data=1', open_topology('v5e:2x2'))
+  place = lambda tree: jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)), tree)
+  args = place((jnp.ones((3, 3, 128, 128)), jnp.ones((8, 16, 16, 128)), jnp.zeros(8, jnp.int32)))
+  def loss(kernel, x, index):
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), index)
+    dropped, _ = Twice().apply({}, nn.silu(x), keys)
+    out = jax.lax.conv_general_dilated(dropped, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+    return jnp.sum(out**2)
+  rounds = lambda function: jax.jit(function).lower(*args).compile().as_text().count(' xor(')
+  assert 20 < rounds(jax.grad(loss, (0, 1))) == rounds(loss)
 
 
 def numpy_attention(params, x, sequence, mask, groups, head, scale):
