@@ -93,8 +93,9 @@ def compile_program(this: Run, trace: Callable[[], jax.stages.Traced]) -> tuple[
   lowered = traced.lower()
   middle = time.perf_counter()
   compiled = lowered.compile()
-  memory, done = compiled.memory_analysis(), time.perf_counter()
-  held = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+  done, memory = time.perf_counter(), compiled.memory_analysis()
+  held = (memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+          + memory.temp_size_in_bytes)
   flops = products.total(list(products.products(traced.jaxpr))) / this.mesh.size
   return compiled, {'gflop_a_device': flops / 1e9, 'memory_mib': held / 2**20, 'trace_seconds': middle - began,
                     'compile_seconds': done - middle}

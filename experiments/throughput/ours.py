@@ -6,7 +6,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from absl import flags
 from ml_collections import ConfigDict
 
 from configs import cifar10
@@ -65,5 +64,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  flags.FLAGS.mark_as_parsed()
   main(sys.argv)

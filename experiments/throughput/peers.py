@@ -37,7 +37,11 @@ class Side:
     self.process = subprocess.Popen(
         command, env=os.environ | threads | {'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'} | environment, text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    self.about = self._read()
+    try:
+      self.about = self._read()
+    except BaseException:
+      self.process.kill()
+      raise
     self.process.send_signal(signal.SIGSTOP)
 
   def seconds(self, job: str) -> float:
@@ -56,18 +60,16 @@ class Side:
     sys.exit(f'ERROR: {" ".join(self.process.args)} ended; what it said is above.')
 
 
-def sides() -> dict[str, Side]:
-  """Every side, started one after the other."""
+def start(started: dict[str, Side]) -> None:
+  """Start every side, one after the other, into `started`."""
   ours = [*OURS, str(BATCH.value), DTYPE.value]
   theirs = lambda mode: [TORCH.value, str(HERE / 'theirs.py'), str(BATCH.value), DTYPE.value, mode, str(CORES.value)]
   flag = '--xla_cpu_experimental_ynn_fusion_type='
   found = {'ours': (ours, {}), f'ours, {flag}': (ours, {'XLA_FLAGS': f'{os.environ.get("XLA_FLAGS", "")} {flag}'}),
            'torch eager': (theirs('eager'), {}), 'torch compiled': (theirs('compiled'), {})}
-  started = {}
   for name, (command, environment) in found.items():
     started[name] = Side(command, environment)
     print(f'{name}: {started[name].about}', flush=True)
-  return started
 
 
 def table(results: list[dict]) -> str:
@@ -87,10 +89,12 @@ def main(arguments: list[str]) -> None:
   if len(arguments) > 1:
     sys.exit(f'ERROR: this takes flags alone; got {arguments[1:]}.')
   os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES.value])  # which the sides inherit
-  started, results = sides(), []
-  if len({side.about['parameters'] for side in started.values()}) > 1:
-    sys.exit('ERROR: the networks differ in their parameters.')
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit('ERROR: SIGTERM.'))  # no stopped process is left behind
+  started, results = {}, []
   try:
+    start(started)
+    if len({side.about['parameters'] for side in started.values()}) > 1:
+      sys.exit('ERROR: the networks differ in their numbers of parameters.')
     for number in range(ROUNDS.value):
       for name, side in started.items():
         for job, count in (('train', STEPS.value), ('sample', SAMPLINGS.value)):
