@@ -26,6 +26,7 @@ from diffusion_jax.runtime.products import products, total
 from diffusion_jax.runtime.step import train_step
 from experiments.throughput.ours import config_of
 
+SAMPLING = {'up': 'up sampling', 'down': 'down sampling'}  # by the name of a convolution between levels
 REST = 'optimizer + EMA + checks'
 OUT = flags.DEFINE_string('out', str(Path(__file__).parent / 'layers.csv'), 'The file of results.')
 ROUNDS = flags.DEFINE_integer('rounds', 7, 'Times that the step and every layer get their turn.')
@@ -34,9 +35,9 @@ DTYPE = flags.DEFINE_enum('dtype', 'float32', ('float32', 'bfloat16'), 'In which
 
 
 def network_layers(run: Run) -> Counter:
-  """{(kind, function of an input, module, shapes of the inputs): how often}, as one pass through the network meets them."""
+  """{(kind, module, shapes of its inputs): how often}, as one pass through the network meets them."""
   found, net, inside = Counter(), make_network(run.config, run.task), []
-  add = lambda kind, module, *shapes, call=None: found.update([(kind, call, module, shapes)])
+  add = lambda kind, module, *shapes: found.update([(kind, module, shapes)])
   def look(next_call, args, kwargs, context):
     module = context.module
     if context.method_name != '__call__' or any(module.path[:len(path)] == path for path in inside):
@@ -46,15 +47,12 @@ def network_layers(run: Run) -> Counter:
       add('attention', alone, args[0].shape)
       inside.append(module.path)
     elif isinstance(module, layers.GroupNorm):
-      add('norm + silu', alone, args[0].shape, call='silu')
+      add('norm + silu', alone, args[0].shape)
       inside.append(module.path)
     elif isinstance(module, nn.Dense):
       add('dense', alone, args[0].shape)
-    elif isinstance(module, nn.Conv) and name.startswith('up'):
-      add('up sampling', alone, (len(args[0]), *(size // 2 for size in args[0].shape[1:-1]), args[0].shape[-1]),
-          call='upsample')
     elif isinstance(module, nn.Conv):
-      add('down sampling' if name.startswith('down') else 'convolution', alone, args[0].shape)
+      add(SAMPLING.get(name.partition('_')[0], 'convolution'), alone, args[0].shape)
     elif isinstance(module, unet.ResBlock):
       out = next_call(*args, **kwargs)
       add('sums', None, out.shape, out.shape)  # with the input
@@ -69,16 +67,15 @@ def network_layers(run: Run) -> Counter:
   return found
 
 
-def layer(kind: str, call: Callable | str | None, module: nn.Module | None, shapes: tuple, dtype) -> tuple[Callable, tuple]:
+def layer(kind: str, module: nn.Module | None, shapes: tuple, dtype: jnp.dtype) -> tuple[Callable, tuple]:
   """(params, *inputs) -> output, and all of these as shapes."""
   inputs = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
   if module is None:
     join = jnp.add if kind == 'sums' else lambda a, b: jnp.concatenate([a, b], -1)
     return lambda _, a, b: join(a, b), ({}, *inputs)
-  before = (lambda x: layers.upsample(x, (2, 2))) if call == 'upsample' else lambda x: x
-  after = nn.silu if call == 'silu' else lambda y: y
-  params = jax.eval_shape(lambda key, x: module.init(key, before(x)), jax.random.key(0), *inputs)
-  return lambda params, x: after(module.apply(params, before(x))), (params, *inputs)
+  after = nn.silu if kind == 'norm + silu' else lambda y: y
+  params = jax.eval_shape(module.init, jax.random.key(0), *inputs)
+  return lambda params, x: after(module.apply(params, x)), (params, *inputs)
 
 
 def both(function: Callable, shapes: tuple) -> tuple[Callable, tuple]:
@@ -161,7 +158,7 @@ def main(arguments: list[str]) -> None:
   ratio = [each['step'] / sum(each[key] * count for key, count in found.items()) for each in rounds]
   kinds, rows = {}, []
   for key, count in found.items():
-    kind, _, module, shapes = (REST, None, None, ()) if key == REST else key
+    kind, module, shapes = (REST, None, ()) if key == REST else key
     before = kinds.get(kind, (0.0, 0, 0))
     kinds[kind] = before[0] + of(key) * count, before[1] + counted[key] * count, before[2] + count
     rows.append({'kind': kind, 'inputs': ' '.join('x'.join(map(str, shape)) for shape in shapes),
