@@ -1,7 +1,5 @@
 """Layers that the backbones share. Axes are [batch, *space, channels]; norms and softmax are computed in float32."""
-import itertools
 import zlib
-from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -94,37 +92,6 @@ def upsample(x: Array, stride: tuple[int, ...]) -> Array:
   for axis, factor in enumerate(stride, 1):
     x = jnp.repeat(x, factor, axis)
   return x
-
-
-def upsampled_conv(stride: tuple[int, ...]) -> Callable:
-  """The convolution of upsample(x, stride), as a `conv_general_dilated` of nn.Conv at stride 1 and padding 'SAME'.
-
-  Taps that meet one repeated entry are summed first. Each of the places stride * i + phase is then a convolution of x with
-  fewer taps: of 3 at stride 2 there remain 2, which is 4/9 of the products in two axes.
-  """
-  def convolve(x, kernel, strides, padding, dimension_numbers, **options):
-    del strides, padding
-    phases = itertools.product(*map(range, stride))
-    parts = [_phase(x, kernel, stride, phase, dimension_numbers, **options) for phase in phases]
-    axes = len(stride)
-    parts = jnp.stack(parts, axes + 1).reshape(*x.shape[:-1], *stride, -1)
-    parts = parts.transpose(0, *(axis for i in range(axes) for axis in (1 + i, 1 + axes + i)), 1 + 2 * axes)
-    return parts.reshape(len(x), *(size * each for size, each in zip(x.shape[1:-1], stride, strict=True)), -1)
-  return convolve
-
-
-def _phase(x, kernel, stride, phase, dimension_numbers, **options):
-  """The places stride * i + phase of the convolution."""
-  dtype, padding = kernel.dtype, []
-  kernel = kernel.astype(jnp.promote_types(dtype, jnp.float32))  # in which taps and their gradients are summed
-  for axis, (each, place) in enumerate(zip(stride, phase, strict=True)):
-    taps = jnp.unstack(kernel, axis=axis)
-    met = [(place + tap - (len(taps) - 1) // 2) // each for tap in range(len(taps))]  # which entry of x, from i
-    padding.append((-met[0], met[-1]))
-    kernel = jnp.stack([sum(tap for tap, entry in zip(taps, met, strict=True) if entry == wanted)
-                        for wanted in range(met[0], met[-1] + 1)], axis)
-  return jax.lax.conv_general_dilated(x, kernel.astype(dtype), (1,) * len(stride), padding,
-                                      dimension_numbers=dimension_numbers, **options)
 
 
 def average_pool(x: Array, stride: tuple[int, ...]) -> Array:

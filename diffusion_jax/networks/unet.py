@@ -6,16 +6,7 @@ from flax import linen as nn
 from jax import numpy as jnp
 
 from diffusion_jax.networks.embed import Conditioning
-from diffusion_jax.networks.layers import (
-  Attention,
-  Dropout,
-  GroupNorm,
-  average_pool,
-  fan_avg,
-  sinusoid,
-  upsample,
-  upsampled_conv,
-)
+from diffusion_jax.networks.layers import Attention, Dropout, GroupNorm, average_pool, fan_avg, sinusoid, upsample
 
 
 class ResBlock(nn.Module):
@@ -101,8 +92,8 @@ class UNet(nn.Module):
     types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
     scale = math.sqrt(0.5) if self.skip_rescale else 1.0
     wrap = (lambda module: nn.remat(module)) if self.remat else (lambda module: module)
-    conv = lambda size, name, init=fan_avg, strides=1, how=None: nn.Conv(
-        size, kernel, strides, kernel_init=init, name=name, conv_general_dilated=how, **types)
+    conv = lambda size, name, init=fan_avg, strides=1: nn.Conv(
+        size, kernel, strides, kernel_init=init, name=name, **types)
     def block(h, size, name, resample=None):
       return wrap(ResBlock)(size, self.axes, kernel, stride, resample, self.modulation, self.dropout, scale,
                             self.groups, name=name, **types)(h, time, keys)
@@ -138,7 +129,7 @@ class UNet(nn.Module):
         h = attend(h, f'up_{i}_{j}_attention') if self.attention[i] else h
       if i:
         h = (block(h, size, f'up_{i}_resample', 'up') if self.resample == 'block'
-             else conv(size, f'up_{i}_resample', how=upsampled_conv(stride))(h))
+             else conv(size, f'up_{i}_resample')(upsample(h, stride)))
     h = nn.silu(GroupNorm(self.groups, self.param_dtype, name='norm')(h))
     return conv(self.out_channels, 'out', nn.initializers.zeros)(h).astype(jnp.float32)
 

@@ -141,8 +141,7 @@ def test_a_program_that_is_refused_names_the_changes():
 
 def layers(this):
   """{layer: FLOPs of one example forward}, from the shapes of the network's kernels and of its layers' outputs: two for
-  every entry of a kernel and place where it falls. Of 3 taps a place at the border has 2; stride 2 pads one side alone. Of
-  the 2 that 3 become on what was repeated, a place at the border has 1."""
+  every entry of a kernel and place where it falls. Of 3 taps a place at the border has 2; stride 2 pads one side alone."""
   net = method.make_network(this.config, this.task)
   x, cond = jnp.zeros((1, *this.task.shape)), this.task.context(np.zeros(1, np.int32))
   init = lambda key: net.init_with_output(key, x, jnp.zeros(1), cond, capture_intermediates=True)[1]
@@ -155,9 +154,8 @@ def layers(this):
     name, kernel = path.removesuffix('/kernel'), kernels[path].shape
     places = outs[name][:-1]
     if len(kernel) == 4:
-      up, down = (way in name and name.endswith('resample') for way in ('up', 'down'))
-      taps, lost = 2 if up else 3, 1 if down else 2
-      places = [taps * size - lost for size in places[1:]]
+      lost = 1 if 'down' in name and name.endswith('resample') else 2
+      places = [3 * size - lost for size in places[1:]]
     found[name] = 2 * math.prod(places) * kernel[-2] * kernel[-1]
     if name.endswith('qkv'):  # queries by keys, and weights by values
       found[f'{name} attention'] = 2 * 2 * math.prod(places)**2 * kernel[-1] // 3

@@ -5,7 +5,7 @@ import pytest
 from flax import linen as nn
 from jax import numpy as jnp
 
-from diffusion_jax.networks.layers import Attention, Dropout, GroupNorm, average_pool, sinusoid, upsample, upsampled_conv
+from diffusion_jax.networks.layers import Attention, Dropout, GroupNorm, average_pool, sinusoid, upsample
 
 
 def normal(*shape, seed=0):
@@ -150,19 +150,3 @@ def test_pooling_is_the_mean_of_blocks():
   x = normal(2, 4, 6, 3)
   expected = x.reshape(2, 2, 2, 2, 3, 3).mean((2, 4))
   np.testing.assert_allclose(average_pool(jnp.asarray(x), (2, 3)), expected, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize('size, kernel, stride', [
-    ((5,), (3,), (2,)), ((4, 3), (5, 2), (1, 3)), ((3, 2), (1, 4), (2, 2)), ((3, 2, 2), (3, 3, 3), (1, 2, 2))])
-def test_a_convolution_of_what_is_upsampled(size, kernel, stride):
-  """As that of the array itself, with its gradients."""
-  x, cotangent = normal(2, *size, 3), normal(2, *(a * b for a, b in zip(size, stride, strict=True)), 4, seed=1)
-  params = {'params': {'kernel': normal(*kernel, 3, 4), 'bias': normal(4)}}
-  @jax.jit
-  def all_of(params, x):
-    apply = nn.Conv(4, kernel).apply
-    out, back = jax.vjp(lambda params, x: apply(params, upsample(x, stride)), params, x)
-    found, found_back = jax.vjp(nn.Conv(4, kernel, conv_general_dilated=upsampled_conv(stride)).apply, params, x)
-    return (found, found_back(cotangent)), (out, back(cotangent))
-  for a, b in zip(*map(jax.tree.leaves, all_of(params, x)), strict=True):
-    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)
