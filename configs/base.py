@@ -90,5 +90,11 @@ def get_config():
   config.evaluate.trace = 'hutchinson(1)'  # likelihood.py: of the Jacobian, 'exact()' for a few hundred entries
   config.evaluate.integrator = 'fixed(50)'  # ode.py: of the probability-flow ODE, 'adaptive(1e-4, 1e-4)'
   config.evaluate.reference = 5000  # most training images that scores use
+
+  # --mode=benchmark
+  config.benchmark = ConfigDict()
+  config.benchmark.seconds = 2.0  # of a timed block, about
+  config.benchmark.repeats = 7  # blocks, of which the median counts
+  config.benchmark.real = True  # the task's own input beside synthetic input; False: the data are not read
   config.lock()
   return config

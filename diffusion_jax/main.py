@@ -1,8 +1,8 @@
-"""python -m diffusion_jax.main --config=configs/digits.py --workdir=runs/digits [--mode=train|sample|evaluate|plan]
+"""python -m diffusion_jax.main --config=configs/digits.py --workdir=runs/digits [--mode=MODE]
 
 train trains, then samples and evaluates; typed again, it goes on where it stopped. sample and evaluate work from the
 workdir alone. plan compiles a config for slices of TPUs, --topology=v5e:2x4,v5e:16x16, on a machine without one.
---config.any.field=value overrides a field.
+benchmark times the training step and the sampler here. --config.any.field=value overrides a field.
 """
 import errno
 import importlib
@@ -14,16 +14,13 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-MODES = ('train', 'sample', 'evaluate', 'plan')
-
-flags.DEFINE_enum('mode', 'train', MODES, 'What to do.')
+flags.DEFINE_enum('mode', 'train', ('train', 'sample', 'evaluate', 'plan', 'benchmark'), 'What to do.')
 flags.DEFINE_string('workdir', None, 'The folder that holds all of a run.', required=True)
 flags.DEFINE_string('topology', None, 'Slices of TPUs to plan for: v5e:2x4 or, several, v5e:2x4,v5e:16x16.')
 flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0, where no cluster is detected that says so.')
 flags.DEFINE_integer('processes', None, 'How many processes the job has; 1: this one, whatever is detected.')
 flags.DEFINE_integer('process', None, 'The number of this process, from 0.')
-config_flags.DEFINE_config_file('config', None, 'A file of configs/; sample and evaluate take that of the workdir.',
-                                lock_config=True)
+config_flags.DEFINE_config_file('config', None, 'A file of configs/; without it that of the workdir.', lock_config=True)
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -40,10 +37,8 @@ def parse(argv: list[str]) -> list[str]:
   return app.parse_flags_with_usage(sys.argv)
 
 
-def main(argv: list[str]) -> None:
-  del argv
-  values = flags.FLAGS
-  workdir = Path(values.workdir)
+def main(_: list[str]) -> None:
+  values, workdir = flags.FLAGS, Path(flags.FLAGS.workdir)
   if values.config is None:
     sys.exit(f'ERROR: {workdir} holds no run. Train one first: python -m diffusion_jax.main --config=configs/digits.py '
              f'--workdir={workdir}')

@@ -1,6 +1,4 @@
 """--mode=plan: does a config fit the chips of a TPU slice, and how fast can it be? Compiled on a machine without one."""
-import csv
-import io
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +12,7 @@ from diffusion_jax.runtime import products, roofline
 from diffusion_jax.runtime.chips import chip
 from diffusion_jax.runtime.logs import say, table
 from diffusion_jax.runtime.topology import open_topology
-from diffusion_jax.runtime.workdir import write_text
+from diffusion_jax.runtime.workdir import write_csv
 
 SHOWN = 4  # largest tensors on the screen; the files have more
 
@@ -143,12 +141,3 @@ def summarise(rows: list[dict]) -> None:
          **{f'{row["topology"]}, {row["scaling"]}': f'{row["chips"]:6} {row["batch"]:7} {row["batch_a_chip"]:7g} '
             f'{row["seconds_ms"]:9.2f} {row["bound_by"]:>9} {row["mfu"]:6.1%} {row["images_per_second"]:9,.0f} '
             f'{rate(row) / rate(rows[0]):7.0%}' for row in rows}})
-
-
-def write_csv(path: Path, rows: list[dict]) -> None:
-  """All rows, with every column that one of them has."""
-  file = io.StringIO()
-  writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)), lineterminator='\n')
-  writer.writeheader()
-  writer.writerows(rows)
-  write_text(path, file.getvalue())

@@ -1,5 +1,7 @@
 """The folder of a run: its resolved config, its environment, and what may change when it goes on."""
+import csv
 import importlib.metadata
+import io
 import json
 import os
 import platform
@@ -11,8 +13,8 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-RESUMABLE = ('train.steps', 'log.', 'checkpoint.', 'sample.', 'evaluate.', 'solver', 'grid', 'transform', 'mesh',
-             'sharding', 'train.accumulate')
+RESUMABLE = ('train.steps', 'log.', 'checkpoint.', 'sample.', 'evaluate.', 'benchmark.', 'solver', 'grid', 'transform',
+             'mesh', 'sharding', 'train.accumulate')
 """Fields, or beginnings of their names, in which a run may differ from the one that it continues."""
 
 PACKAGES = ('diffusion_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'tensorflow-datasets',
@@ -37,6 +39,15 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: dict) -> None:
   """`write_text` of the content as JSON."""
   write_text(path, json.dumps(content, indent=2, default=str) + '\n')
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+  """All rows, with every column that one of them has."""
+  file = io.StringIO()
+  writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)), lineterminator='\n')
+  writer.writeheader()
+  writer.writerows(rows)
+  write_text(path, file.getvalue())
 
 
 def load_config(workdir: Path) -> ConfigDict:
