@@ -233,6 +233,20 @@ def test_a_slice_of_tpus(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(NO_LIBTPU, reason="libtpu is not installed: pip install -e '.[plan]'")
+def test_a_slice_that_is_too_small(tmp_path, capsys):
+  """32,768 images a chip are refused by libtpu itself; to take them in parts is the cheapest, and is enough alone."""
+  config = load('base')
+  config.data.size, config.data.channels, config.data.classes, config.train.batch = (16, 16), 3, 10, 8 * 32_768
+  config.network = 'UNet(channels=128, multipliers=(1, 1), blocks=1, attention=(False, False))'
+  assert plan.run(config, tmp_path, 'v5e:2x4') == 1
+  lines = capsys.readouterr().out.partition('The cheapest changes')[2].splitlines()[1:4]
+  assert lines[0].startswith('  --config.train.accumulate=') and lines[0].endswith(' GiB')
+  facts = json.loads((tmp_path / 'plan' / 'v5e_2x4_train_262144.json').read_text())
+  assert facts['needed'] > facts['available'] > float(lines[0].split()[-2]) * GIB
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(NO_LIBTPU, reason="libtpu is not installed: pip install -e '.[plan]'")
 @pytest.mark.parametrize('name, kind, chips_of_it', [('v4:2x2x1', 'TPU v4', 4), ('v5e:16x16', 'TPU v5 lite', 256),
                                                      ('v5p:4x4x4', 'TPU v5', 64), ('v6e:4x4', 'TPU v6 lite', 16)])
 def test_a_device_is_a_chip(name, kind, chips_of_it):
