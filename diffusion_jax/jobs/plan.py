@@ -1,4 +1,7 @@
 """--mode=plan: does a config fit the chips of a TPU slice, and how fast can it be? Compiled on a machine without one."""
+import math
+import re
+import shlex
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -6,11 +9,14 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
+from diffusion_jax.core.types import Draw
+from diffusion_jax.method import make_method
 from diffusion_jax.run import Run, batch_shapes, chosen_params, open_run, shared, state_shapes, trace_sampler, trace_step
 from diffusion_jax.runtime import mesh as meshes
 from diffusion_jax.runtime import products, roofline
 from diffusion_jax.runtime.chips import chip
 from diffusion_jax.runtime.logs import say, table
+from diffusion_jax.runtime.step import State
 from diffusion_jax.runtime.topology import open_topology
 from diffusion_jax.runtime.workdir import write_csv
 
@@ -75,7 +81,52 @@ def plan(this: Run, topology: str, programs: tuple[str, ...]) -> list[dict]:
     filled = products.filled(list(products.products(traced['sample'].jaxpr)))
     say(f'The channels fill {filled:.0%} of a 128 x 128 matrix unit: FLOPs of the network forward, over what they are with '
         'the channels in and out of each product rounded up to 128.')
-  return [report(name, facts[name], kind, chips, count[name], meshes.shard_bytes(held[name])) for name in programs]
+  bytes_held = {name: meshes.shard_bytes(tree) for name, tree in held.items()}
+  return [report(name, facts[name], kind, chips, count[name],
+                 options(this, name, facts[name], state, bytes_held[name], count[name]) if 'refused' in facts[name] else [])
+          for name in programs]
+
+
+def options(this: Run, name: str, facts: dict, state: State, held: int, count: int) -> list[str]:
+  """The three cheapest changes by which a refused program would fit, by estimate, as what to type."""
+  shards, tensor = this.mesh.shape['fsdp'], this.mesh.shape['tensor']
+  ways, parts = meshes.ways(this.mesh), this.config.train.accumulate
+  sizes = roofline.sizes(facts, held, count, ways, f'config.{name}.batch')
+  if name == 'sample':  # a sample is the same in any batch
+    return [*sizes, *(typed(this.config, each, shards, tensor, parts)
+                      for each in roofline.changes(facts, held, 0, 1, ways // shards, []))][:3]
+  again = rematerialised(this.config)
+  kept = kept_bytes(this._replace(method=make_method(again, this.task)), state) if again else []
+  found = roofline.changes(facts, held, meshes.shard_bytes(state.params), count // ways // parts, ways // shards,
+                           [size // ways // parts for size in kept])
+  return [*(typed(this.config, each, shards, tensor, parts) for each in found), *sizes][:3]
+
+
+def typed(config: ConfigDict, change: roofline.Change, shards: int, tensor: int, parts: int) -> str:
+  """The flags that make a change, and what it would need."""
+  mesh = f'data=-1,fsdp={shards * change.shards}' + (f',tensor={tensor}' if tensor > 1 else '')
+  flags = [f'--config.train.accumulate={parts * change.parts}' if change.parts > 1 else '',
+           f"--config.mesh='{mesh}'" if change.shards > 1 else '',
+           '--config.network=' + shlex.quote(rematerialised(config).network) if change.remat else '']
+  return f'{" ".join(filter(None, flags))}: {change.needs / 2**30:.1f} GiB'
+
+
+def rematerialised(config: ConfigDict) -> ConfigDict | None:
+  """The config with a network that computes its blocks again in the backward pass, None where it does so already."""
+  if 'remat="block"' in config.network:
+    return None
+  network = re.sub(r',?\s*remat="\w+"', '', config.network).rstrip().removesuffix(')').rstrip(', ')
+  return ConfigDict({**config, 'network': f'{network}, remat="block")'.replace('(, ', '(')})
+
+
+def kept_bytes(this: Run, state: State) -> list[int]:
+  """The bytes of every array of all rows that the forward pass of training keeps for the backward pass."""
+  batch = batch_shapes(this)
+  def backward(params, extra, batch):
+    draw = Draw(jax.random.key(0), batch['index'], this.config.train.batch)
+    return jax.vjp(lambda params: this.method.loss(params, extra, draw, batch)[0].mean(), params)[1]
+  kept = jax.tree.leaves(jax.eval_shape(backward, state.params, state.extra, batch))
+  return [math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in kept if leaf.shape[:1] == batch['index'].shape]
 
 
 def precision() -> str:
@@ -85,13 +136,12 @@ def precision() -> str:
           "float32 is multiplied in one pass of bfloat16 with float32 sums, JAX's default on a TPU")
 
 
-def report(name: str, facts: dict, kind: str, chips: int, count: int, held: int) -> dict:
-  """Print what a program asks of a chip and what that allows; returns its row."""
+def report(name: str, facts: dict, kind: str, chips: int, count: int, options: list[str]) -> dict:
+  """Print what a program asks of a chip and what that allows, or what would make it fit; returns its row."""
   what = {'train': f'A training step of {count:,} examples', 'sample': f'Sampling {count:,} at once'}[name]
   row = {'chips': chips, 'program': name, 'batch': count, 'batch_a_chip': count / chips, 'fits': 'refused' not in facts,
          'compile_seconds': round(facts['compile_seconds'], 1)}
   if 'refused' in facts:
-    options = roofline.changes(facts, held, count, chips, f'config.{name}.batch')
     say(f'\n{what} does not fit: {facts["refused"]}')
     say('\n'.join(['The cheapest changes by which it would, by estimate:', *(f'  {option}' for option in options)]))
     return row

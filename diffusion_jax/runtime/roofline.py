@@ -1,5 +1,6 @@
 """What a program asks of a chip, from its compilation, and how fast the chip's peaks let it be."""
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -105,15 +106,48 @@ def _needed(message: str) -> dict:
   return {'needed': float(match[1]) * UNITS[match[2]], 'available': float(match[3]) * UNITS[match[4]]} if match else {}
 
 
-def changes(facts: dict, held: int, rows: int, chips: int, field: str) -> list[str]:
-  """The cheapest changes by which a refused program of `rows` rows would fit, by estimate: of what it needs, `held` bytes
-  stay and the rest grows with the rows of a chip."""
+class Change(NamedTuple):
+  """A way to need less memory: factors by which the state is cut over more chips and a chip's rows are taken in more parts,
+  and whether blocks are computed again in the backward pass."""
+  remat: bool
+  shards: int
+  parts: int
+  needs: float  # bytes of a chip, by estimate
+
+
+def changes(facts: dict, held: int, gradient: int, rows: int, ways: int, kept: list[int]) -> list[Change]:
+  """The changes by which a refused program would fit, the cheapest first, none that has more in it than it must.
+
+  Parts cost no FLOPs but make products smaller, shards send the parameters once more, remat computes them once more. Of
+  the bytes that it needs `held` are the state, cut by shards; the rest is a `gradient`, of which parts need a second to sum
+  in, and activations, cut by parts. Remat leaves the inputs of blocks, of `kept` bytes each (none: no remat), and while one
+  is computed again its share of the activations. A chip has `rows`; the state can be cut `ways` times more.
+  """
+  if 'needed' not in facts:
+    return []
+  activations = max(0, facts['needed'] - held - gradient)
+  again = sum(kept) + activations * max(kept) / sum(kept) if kept else activations
+  def needs(remat, shards, parts):
+    return held / shards + gradient * (2 if parts > 1 else 1) + (again if remat else activations) / parts
+  more = lambda wanted, most: [k for k in range(2, most + 1) if most % k == 0] if wanted else [1]
+  found = {}
+  for kind in itertools.product((False, True) if kept else (False,), (False, True), (False, True)):
+    if not any(all(map(int.__ge__, kind, less)) for less in found):
+      cuts = itertools.product(more(kind[1], ways), more(kind[2], rows))
+      fits = [Change(kind[0], *cut, size) for cut in cuts if (size := needs(kind[0], *cut)) < facts['available']]
+      found |= {kind: fits[0]} if fits else {}
+  return list(found.values())
+
+
+def sizes(facts: dict, held: int, rows: int, chips: int, field: str) -> list[str]:
+  """Fewer rows, more chips or larger ones by which a refused program of `rows` rows would fit, by estimate: of what it
+  needs, `held` bytes stay and the rest grows with the rows of a chip."""
   if 'needed' not in facts:
     return []
   a_row = (facts['needed'] - held) / (rows / chips)
   most = int((facts['available'] - held) / a_row)
   fewer = [f'--{field}={most * chips}, which is {most} a chip',
-           f'{math.ceil(rows / most):,} chips or more for the same {field}'] if most > 0 else []
+           f'{math.ceil(rows / chips / most)} times the chips for the same {field}'] if most > 0 else []
   kinds = [f'{kind} ({chip.memory / 2**30:.0f} GiB)' for kind, chip in CHIPS.items()
            if kind.startswith('TPU') and chip.memory > facts['needed']]
   return [*fewer, *([f'chips with more memory: {", ".join(kinds)}'] if kinds else [])]

@@ -22,6 +22,7 @@ from tests.jobs.runs import tiny
 NO_LIBTPU = importlib.util.find_spec('libtpu') is None
 REFUSAL = ('RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO '
            'temporaries (34.00G) exceeds available HBM (15.75G). HLO module: jit_train_step.')  # libtpu 0.0.52
+GIB = 2**30
 PEAKS = chips.Chip(flops=1e12, memory=2**30, bandwidth=1e10, links=1e9)
 
 
@@ -128,15 +129,42 @@ def test_a_roofline_by_hand():
   assert found.seconds == found.memory and found.by == 'memory'
 
 
-def test_a_program_that_is_refused_names_the_changes():
+def test_a_program_that_is_refused_names_the_sizes():
   """8 chips, 64 examples, 2 GiB held; 34 GiB needed: 4 GiB an example, of which 13.75 GiB take 3."""
   facts = roofline._needed(REFUSAL)
-  assert facts == {'needed': 34 * 2**30, 'available': 15.75 * 2**30}
-  changes = roofline.changes(facts, 2 * 2**30, 64, 8, 'config.train.batch')
-  assert changes == ['--config.train.batch=24, which is 3 a chip', '22 chips or more for the same config.train.batch',
-                     'chips with more memory: TPU v5 (95 GiB)']
-  assert roofline.changes(facts, 16 * 2**30, 64, 8, 'config.train.batch') == changes[2:]
-  assert roofline.changes({'refused': 'another text'}, 0, 64, 8, 'config.train.batch') == []
+  assert facts == {'needed': 34 * GIB, 'available': 15.75 * GIB}
+  sizes = roofline.sizes(facts, 2 * GIB, 64, 8, 'config.train.batch')
+  assert sizes == ['--config.train.batch=24, which is 3 a chip', '3 times the chips for the same config.train.batch',
+                   'chips with more memory: TPU v5 (95 GiB)']
+  assert roofline.sizes(facts, 16 * GIB, 64, 8, 'config.train.batch') == sizes[2:]
+  assert roofline.sizes({'refused': 'another text'}, 0, 64, 8, 'config.train.batch') == []
+
+
+@pytest.mark.parametrize('held, gradient, rows, ways, kept, found', [
+    (2, 0, 8, 8, [1, 3], [(False, 1, 4, 2 + 32 / 4)]),  # in 4 parts; remat alone leaves 2 + 4 + 32 * 3 / 4
+    (2, 0, 1, 8, [1, 3], []),  # one row, little state, and most of it is one block
+    (2, 2, 8, 8, [1] * 6, [(False, 1, 4, 2 + 4 + 30 / 4), (True, 1, 1, 2 + 2 + 6 + 30 / 6)]),
+    (32, 1, 1, 8, [], [(False, 4, 1, 32 / 4 + 1 + 1)]),  # the state is most
+    (20, 1, 8, 8, [], [(False, 2, 4, 20 / 2 + 2 + 13 / 4)])])  # neither alone
+def test_the_cheapest_changes_by_hand(held, gradient, rows, ways, kept, found):
+  """In GiB: 34 needed, 15.75 there. None is proposed with another that it does not need."""
+  facts = roofline._needed(REFUSAL)
+  changes = roofline.changes(facts, held * GIB, gradient * GIB, rows, ways, [each * GIB for each in kept])
+  assert [(*change[:3], change.needs / GIB) for change in changes] == found
+  assert roofline.changes({'refused': 'another text'}, 0, 0, 8, 8, []) == []
+
+
+def test_what_is_kept_for_the_backward_pass(fake):
+  """Of a network that computes its blocks again, the inputs of blocks and what lies between them: a small part."""
+  this = opened(config(network='UNet(channels=32, multipliers=(1, 2), blocks=2, attention=(False, True))'))
+  again = plan.rematerialised(this.config)
+  assert again.network == this.config.network[:-1] + ', remat="block")'
+  assert plan.rematerialised(again) is None
+  state = runs.state_shapes(this)
+  kept = plan.kept_bytes(this._replace(method=method.make_method(again, this.task)), state)
+  assert sum(kept) < 0.25 * sum(plan.kept_bytes(this, state))
+  block = 8 * 8 * 8 * 32 * 4  # rows, space, channels, float32: the stem's result and those of two blocks
+  assert kept.count(block) >= 3 and max(kept) == 3 * block  # on the way up 64 and 32 channels are one input
 
 
 def layers(this):
@@ -201,6 +229,20 @@ def test_a_slice_of_tpus(tmp_path):
   assert facts['memory']['entries_of_arguments'] == shard_bytes((runs.state_shapes(this), runs.batch_shapes(this)))
   assert facts['flops'] == pytest.approx(analytic(this) / 8, rel=0.02)
   assert [each['count'] for each in facts['collectives'].values()] and 'refused' not in facts
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(NO_LIBTPU, reason="libtpu is not installed: pip install -e '.[plan]'")
+def test_a_slice_that_is_too_small(tmp_path, capsys):
+  """32,768 images a chip are refused by libtpu itself; to take them in parts is the cheapest, and is enough alone."""
+  config = load('base')
+  config.data.size, config.data.channels, config.data.classes, config.train.batch = (16, 16), 3, 10, 8 * 32_768
+  config.network = 'UNet(channels=128, multipliers=(1, 1), blocks=1, attention=(False, False))'
+  assert plan.run(config, tmp_path, 'v5e:2x4') == 1
+  lines = capsys.readouterr().out.partition('The cheapest changes')[2].splitlines()[1:4]
+  assert lines[0].startswith('  --config.train.accumulate=') and lines[0].endswith(' GiB')
+  facts = json.loads((tmp_path / 'plan' / 'v5e_2x4_train_262144.json').read_text())
+  assert facts['needed'] > facts['available'] > float(lines[0].split()[-2]) * GIB
 
 
 @pytest.mark.slow
