@@ -9,7 +9,17 @@ from ml_collections import ConfigDict
 
 from diffusion_jax.jobs import evaluate, sample
 from diffusion_jax.pictures import save_png
-from diffusion_jax.run import Run, draw, make_sampler, new_state, open_checkpoints, open_run, restore, trace_step
+from diffusion_jax.run import (
+  Run,
+  draw,
+  make_sampler,
+  new_state,
+  open_checkpoints,
+  open_run,
+  restore,
+  state_shapes,
+  trace_step,
+)
 from diffusion_jax.runtime import input as inputs
 from diffusion_jax.runtime import mesh as meshes
 from diffusion_jax.runtime import workdir as workdirs
@@ -102,12 +112,12 @@ def report(this: Run, log: Log, step: int, metrics: dict) -> None:
   hidden = ('finite', 'broken', 'in_row')
   log.scalars(step, {name: value for name, value in metrics.items() if name not in hidden}, always=not finite)
   if in_row > (c.nonfinite_most if c.nonfinite == 'skip' else 0):
-    params, _ = jax.eval_shape(this.method.init, jax.random.key(0))
+    worst = worst_layer(state_shapes(this).params, metrics['broken'])
+    skip = '' if c.nonfinite == 'skip' else ', or type --config.train.nonfinite=skip,'
     raise FloatingPointError(
-        f'Step {step} has loss {float(metrics["loss"])} and gradient norm {float(metrics["grad_norm"])}, the '
-        f'{in_row}. in a row that is not finite; {worst_layer(params, metrics["broken"])}. Its update was not '
-        'applied. Lower --config.optimizer.rate' + (', or type --config.train.nonfinite=skip, in a new --workdir.'
-                                                   if c.nonfinite == 'stop' else ' in a new --workdir.'))
+        f'Step {step} has loss {float(metrics["loss"])} and gradient norm {float(metrics["grad_norm"])}, the {in_row}. in '
+        f'a row that is not finite; {worst}. Its update was not applied. Lower --config.optimizer.rate{skip} in a new '
+        '--workdir.')
 
 
 def snapshot(this: Run, log: Log, sampler, state: State, step: int) -> None:

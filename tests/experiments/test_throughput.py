@@ -1,6 +1,7 @@
 """The account by layer counts every product of the step."""
 from pathlib import Path
 
+import pytest
 from jax import numpy as jnp
 
 from diffusion_jax import run as runs
@@ -9,6 +10,7 @@ from experiments.throughput import layers
 from experiments.throughput.ours import config_of
 
 
+@pytest.mark.slow
 def test_the_layers_have_the_flops_of_the_step():
   """But for two gradients that a step does not take, to the images and to the embedding of times."""
   run = runs.open_run(config_of(2, 'float32'), Path('nowhere'), read=False)
