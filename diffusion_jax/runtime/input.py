@@ -34,9 +34,9 @@ def batches(source: Any, augment: Callable | None, seed: int, batch: int, step: 
 
 def to_device(stream: Iterator[dict], mesh: Mesh) -> Iterator[dict[str, jax.Array]]:
   """The same batches as global arrays, each on the devices before the step on the one before it ends."""
-  ahead = None
+  ahead, (_, parts) = None, meshes.part(mesh)
   for rows in stream:
-    ready, ahead = ahead, meshes.put(rows, mesh)
+    ready, ahead = ahead, meshes.put(rows, mesh, parts)
     if ready:
       yield ready
   if ahead:

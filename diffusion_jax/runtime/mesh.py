@@ -68,10 +68,10 @@ def by_example(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P(('data', 'fsdp')))
 
 
-def put(batch: PyTree, mesh: Mesh) -> PyTree:
-  """The rows that this process feeds, as numpy arrays, become global arrays cut over the devices."""
-  _, parts = part(mesh)
-  return _put(batch, mesh, parts)
+def put(batch: PyTree, mesh: Mesh, parts: int | None = None) -> PyTree:
+  """The rows that this process feeds, as numpy arrays, become global arrays cut over the devices. Who puts often gives the
+  `parts` of `part`, which goes through all devices of the job."""
+  return _put(batch, mesh, parts or part(mesh)[1])
 
 
 def place(batch: PyTree, mesh: Mesh) -> PyTree:

@@ -4,7 +4,6 @@
 layer is timed forward and backward, to its parameters and its input, as a program of its own; layers that are alike are
 timed once and counted as often as the network has them. What the step needs beyond the sum is not any layer's.
 """
-import csv
 import statistics
 import time
 from collections import Counter
@@ -24,6 +23,7 @@ from diffusion_jax.networks import layers, unet
 from diffusion_jax.run import Run, new_state, open_run, state_shapes, trace_step
 from diffusion_jax.runtime.products import products, total
 from diffusion_jax.runtime.step import train_step
+from diffusion_jax.runtime.workdir import write_csv
 from experiments.throughput.ours import config_of
 
 SAMPLING = {'up': 'up sampling', 'down': 'down sampling'}  # by the name of a convolution between levels
@@ -165,10 +165,7 @@ def main(arguments: list[str]) -> None:
     rows.append({'kind': kind, 'inputs': ' '.join('x'.join(map(str, shape)) for shape in shapes),
                  'features': getattr(module, 'features', ''), 'count': count, 'ms': f'{1e3 * of(key):.3f}',
                  'gflops': f'{counted[key] / of(key) / 1e9:.1f}'})
-  with open(OUT.value, 'w', newline='') as file:
-    writer = csv.DictWriter(file, list(rows[0]), lineterminator='\n')
-    writer.writeheader()
-    writer.writerows(rows)
+  write_csv(Path(OUT.value), rows)
   print(table(kinds, of('step'), ratio))
 
 

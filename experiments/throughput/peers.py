@@ -4,7 +4,6 @@ python -m experiments.throughput.peers --torch=PYTHON, the interpreter that has 
 Every side is a process of its own on the same cores with as many threads, and all but the one that is timed are stopped
 (SIGSTOP). Writes results.csv beside this file, or --out, and prints the table of README.md.
 """
-import csv
 import json
 import os
 import signal
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-from diffusion_jax.runtime.workdir import commit
+from diffusion_jax.runtime.workdir import commit, write_csv
 
 HERE = Path(__file__).parent
 OURS = [sys.executable, '-m', 'experiments.throughput.ours']
@@ -105,10 +104,7 @@ def main(arguments: list[str]) -> None:
   finally:
     for side in started.values():
       side.process.kill()
-  with open(OUT.value, 'w', newline='') as file:
-    writer = csv.DictWriter(file, list(results[0]), lineterminator='\n')
-    writer.writeheader()
-    writer.writerows(results)
+  write_csv(Path(OUT.value), results)
   print(table(results))
 
 
