@@ -138,7 +138,7 @@ def benchmark_training(this: Run, state: State, peak: float) -> tuple[State, dic
     works.append(lambda count: steps(count, stream))
   seconds = timed(this, *works)
   dispatch = []
-  for _ in range(max(5, c.benchmark.repeats)):
+  for _ in range(max(25, c.benchmark.repeats)):  # a short thing, on cores that the step takes as soon as it has begun
     began = time.perf_counter()
     state, _ = step(state, batch)
     dispatch.append(time.perf_counter() - began)
