@@ -51,7 +51,8 @@ def get_config():
   config.train.steps = 1000
   config.train.batch = 128  # examples a step, over all devices
   config.train.accumulate = 1  # parts of a batch that are taken one after the other, in as much less memory
-  config.train.drop = 0.1  # probability that an example's condition is dropped
+  config.train.drop = 0.1  # probability that all conditions of an example are dropped
+  config.train.drop_each = 0.0  # probability that one of them is dropped, for each on its own
   config.train.ema = (0.999,)  # decays of the moving averages of the parameters; the first is sampled by default
   config.train.nonfinite = 'stop'  # a loss or gradient that is not finite: 'stop', or 'skip' the step and count it
   config.train.nonfinite_most = 10  # with 'skip': more of such steps in a row than this stop the run

@@ -70,13 +70,14 @@ class Sampling(NamedTuple):
 
 def make_method(config: ConfigDict, task: Task) -> Method:
   """The method of a config for a task. Raises ValueError, before anything is compiled, where a field is illegal."""
-  if not 0 <= config.train.drop <= 1:
-    raise ValueError(f'config.train.drop is {config.train.drop}; a probability between 0 and 1 is legal.')
+  for name in ('drop', 'drop_each'):
+    if not 0 <= config.train[name] <= 1:
+      raise ValueError(f'config.train.{name} is {config.train[name]}; a probability between 0 and 1 is legal.')
   schedule, law = _schedule(config), _build(config, 'times', TIMES)
   uncertainty = _build(config, 'uncertainty', rows(weights, Learned)) if config.uncertainty else None
   parts = {'schedule': schedule, 'uncertainty': uncertainty}
   learned = {name: part for name, part in parts.items() if isinstance(part, Learned)}
-  adaptive = isinstance(law, Adaptive)
+  adaptive, drops = isinstance(law, Adaptive), config.train.drop > 0 or config.train.drop_each > 0
   make_loss, net = _make_loss(config), make_network(config, task)
   first = Gaussian(_first(schedule)), _as_uniform(law.times(law.init())) if adaptive else law
   _check_times(config, *first)
@@ -89,11 +90,11 @@ def make_method(config: ConfigDict, task: Task) -> Method:
 
   def network(params, dropout_keys=None) -> Network:
     def call(x, feature, cond):
-      if 'drop' in (cond or {}) and not (config.train.drop and task.classes):
-        raise ValueError('Guidance needs a network that was trained with dropped conditions: this one has '
-                         f'{task.classes} classes and config.train.drop={config.train.drop}. Leave guide(...) out of the '
+      if 'drop' in (cond or {}) and not (drops and task.null):
+        raise ValueError('Guidance needs a network that was trained with dropped conditions: this one has the conditions '
+                         f'{sorted(task.null or {})} and config.train.drop={config.train.drop}. Leave guide(...) out of the '
                          'transform, or train with config.train.drop=0.1.')
-      return net.apply({'params': params['params']}, x, feature, cond, dropout_keys)
+      return net.apply({'params': params['params']}, x, feature, _with_nulls(cond, task.null), dropout_keys)
     return call
 
   process = lambda params: Gaussian(schedule.bind(params['schedule']) if 'schedule' in learned else schedule)
@@ -101,9 +102,8 @@ def make_method(config: ConfigDict, task: Task) -> Method:
 
   def training_loss(params, extra, draw: Draw, batch):
     x0, cond = task.encode(batch)
-    if cond is not None and config.train.drop:
-      chance = lambda key: jax.random.bernoulli(key, config.train.drop)
-      cond = {**cond, 'drop': jax.vmap(chance)(draw.part(types.DROP).keys)}
+    if cond and drops:
+      cond = {**cond, 'drop': _drops(config, sorted(cond), draw.part(types.DROP).keys)}
     drawn = chosen(extra)
     def values_of(params):
       loss = make_loss(process(params), _as_uniform(drawn) if adaptive else drawn)
@@ -138,6 +138,24 @@ def make_network(config: ConfigDict, task: Task) -> nn.Module:
   x, cond = _example(task)
   jax.eval_shape(net.init, jax.random.key(0), x, jnp.zeros(1), cond)
   return net
+
+
+def _drops(config: ConfigDict, names: list[str], keys: jax.Array) -> dict[str, jax.Array]:
+  """Which conditions of which examples training drops: all of an example's with probability config.train.drop, and each
+  on its own with config.train.drop_each."""
+  chance = lambda keys, probability: jax.vmap(lambda key: jax.random.bernoulli(key, probability))(keys)
+  every = chance(keys, config.train.drop)
+  return {name: every | chance(types.fold(keys, i), config.train.drop_each) for i, name in enumerate(names)}
+
+
+def _with_nulls(cond: types.Cond, null: types.Cond) -> types.Cond:
+  """The conditions that a network sees, where those marked in cond['drop'] are the null, one example of each."""
+  cond = cond or {}
+  def choose(lost, value, none):
+    return jnp.where(types.spread(lost, value), jnp.asarray(none, value.dtype), value)
+  drop = cond.get('drop', {})
+  seen = {name: value for name, value in cond.items() if name not in ('drop', 'negative')}
+  return {**seen, **{name: jax.tree.map(partial(choose, lost), seen[name], null[name]) for name, lost in drop.items()}}
 
 
 def default_sharding(config: ConfigDict) -> tuple[tuple[str, str], ...]:

@@ -103,6 +103,23 @@ def test_resume_is_exact_with_all_that_a_method_keeps(tmp_path):
     np.testing.assert_array_equal(a, b)
 
 
+def test_conditions_are_dropped_together_and_each_on_its_own():
+  keys = jax.random.split(jax.random.key(0), 20_000)
+  lost = methods._drops(tiny(train__drop=0.1, train__drop_each=0.2), ['image', 'text'], keys)
+  image, text = np.asarray(lost['image']), np.asarray(lost['text'])
+  for share, law in ((image, 1 - 0.9 * 0.8), (text, 1 - 0.9 * 0.8), (image & text, 0.1 + 0.9 * 0.2 * 0.2)):
+    assert abs(share.mean() - law) < 4 * np.sqrt(law * (1 - law) / 20_000)
+
+
+def test_what_is_dropped_is_the_null():
+  cond = {'label': jnp.array([3, 4]), 'text': {'tokens': jnp.ones((2, 3), int)}, 'negative': {'label': jnp.zeros(2)},
+          'drop': {'label': jnp.array([True, False]), 'text': jnp.array([False, True])}}
+  seen = methods._with_nulls(cond, {'label': np.int32(9), 'text': {'tokens': np.array([7, 8, 9])}})
+  np.testing.assert_array_equal(seen['label'], [9, 4])
+  np.testing.assert_array_equal(seen['text']['tokens'], [[1, 1, 1], [7, 8, 9]])
+  assert set(seen) == {'label', 'text'}
+
+
 def test_a_config_says_how_the_network_is_computed():
   config = tiny(network='UNet(channels=8, multipliers=(1,), blocks=2, attention=(True,), dtype="bfloat16", '
                         'remat="products", scan=True)')

@@ -19,9 +19,10 @@ def guide(weight: float, during: tuple[float, float] = (0.0, 1.0), negative: dic
   """Classifier-free guidance: x0 = x0_null + weight (x0_cond - x0_null) while t is in `during` (arXiv:2207.12598, eq. 6).
 
   weight 1 is the conditional denoiser itself, 0 the unconditional one; the paper's w is weight - 1. `negative`, such as
-  {'label': 3}, replaces those entries of cond in the second branch, which then is not the null but what to avoid. Outside
-  the interval (arXiv:2404.07724, sec. 3) only the conditional branch is computed. Raises ValueError where weight is not
-  finite, `during` no interval in [0, 1], or an entry of `negative` is none of cond.
+  {'label': 3}, by default cond's own entry 'negative' if it has one, replaces those entries of cond in the second branch,
+  which then is not the null but what to avoid. Outside the interval (arXiv:2404.07724, sec. 3) only the conditional
+  branch is computed. Raises ValueError where weight is not finite, `during` no interval in [0, 1], or an entry of
+  `negative` is none of cond.
   """
   rule = lambda x, level, given, null: extrapolate(weight, given, null)
   return _between('guide', rule, weight, during, negative)
@@ -85,19 +86,24 @@ def apg(weight: float, parallel: float = 0.0, radius: float = math.inf, during: 
   return _between('apg', rule, weight, during, negative)
 
 
-def perpendicular(weight: float, negative: dict, negative_weight: float = 1.0,
+def perpendicular(weight: float, negative: dict | None = None, negative_weight: float = 1.0,
                   during: tuple[float, float] = (0.0, 1.0)) -> Transform:
   """Perp-Neg: x0 = x0_null + weight (d - negative_weight (n - its component along d)) (arXiv:2304.04968).
 
   d = x0_cond - x0_null and n = x0_negative - x0_null, where `negative` replaces entries of cond as in `guide`; so what the
-  two conditions share is kept. Three branches, one batched call. Raises ValueError as `guide` does.
+  two conditions share is kept. Three branches, one batched call. Raises ValueError as `guide` does, and where neither
+  it nor cond has a negative.
   """
   _check_finite('perpendicular', weight=weight, negative_weight=negative_weight)
   def rule(x, level, given, null, avoided):
     change, away = (combine((1.0, x0), (-1.0, null)) for x0 in (given, avoided))
     rest = combine((1.0, away), (-1.0, component(away, change)))
     return combine((1.0, null), (weight, change), (-weight * negative_weight, rest))
-  others = lambda x, cond: [dropped(x, cond), replaced(cond, negative)]
+  def others(x, cond):
+    avoided = negative or (cond or {}).get('negative')
+    if not avoided:
+      raise ValueError("perpendicular needs what to avoid: negative={'label': 3}, or an entry 'negative' of cond.")
+    return [dropped(x, cond), replaced(cond, avoided)]
   return _during('perpendicular', during, _branched(rule, others))
 
 
@@ -158,26 +164,35 @@ def chain(*transforms: Transform) -> Transform:
 
 def dropped(x: PyTree, cond: Cond) -> Cond:
   """The condition whose every part the network replaces by its null."""
-  return {**(cond or {}), 'drop': jnp.ones(jax.tree.leaves(x)[0].shape[0], bool)}
+  lost = jnp.ones(jax.tree.leaves(x)[0].shape[0], bool)
+  return {**(cond or {}), 'drop': {name: lost for name in _names(cond)}}
 
 
 def replaced(cond: Cond, entries: dict) -> Cond:
   """The condition with these entries in place of its own, each of the shape [B, ...] and dtype of the one it replaces."""
-  cond = cond or {}
-  missing = sorted(set(entries) - set(cond))
+  names = _names(cond)
+  missing = sorted(set(entries) - set(names))
   if missing:
     raise ValueError(f"negative={{{missing[0]!r}: ...}} replaces an entry that cond has not; it has "
-                     f"{', '.join(map(repr, sorted(cond))) or 'none'}.")
-  like = lambda name: jnp.broadcast_to(jnp.asarray(entries[name], cond[name].dtype), cond[name].shape)
-  return {**cond, **{name: like(name) for name in entries}}
+                     f"{', '.join(map(repr, names)) or 'none'}.")
+  like = lambda old, new: jnp.broadcast_to(jnp.asarray(new, old.dtype), old.shape)
+  return {**cond, **{name: jax.tree.map(like, cond[name], entries[name]) for name in entries}}
+
+
+def _names(cond: Cond) -> list[str]:
+  """The conditions that cond has."""
+  return sorted(set(cond or {}) - {'drop', 'negative'})
 
 
 def branches(denoise: Denoiser, x: PyTree, level: Level, conds: list[Cond]) -> list[Estimate]:
   """Estimates of the same x under several conditions by one batched call. The conditions must have the same entries, but
-  for 'drop', which is False where one lacks it and another has it."""
+  for 'drop', which is False where one lacks it and another has it, and 'negative', which ends here."""
   batch, count = jax.tree.leaves(x)[0].shape[0], len(conds)
-  if any('drop' in (cond or {}) for cond in conds):
-    conds = [{'drop': jnp.zeros(batch, bool), **(cond or {})} for cond in conds]
+  conds = [{name: value for name, value in (cond or {}).items() if name != 'negative'} for cond in conds]
+  drops = [cond.get('drop', {}) for cond in conds]
+  if any('drop' in cond for cond in conds):
+    kept = {name: jnp.zeros(batch, bool) for drop in drops for name in drop}
+    conds = [{**cond, 'drop': {**kept, **drop}} for cond, drop in zip(conds, drops, strict=True)]
   # Example by example, not branch by branch: the rows of an example then stay on its device.
   stack = lambda *leaves: jnp.stack(leaves, 1).reshape(batch * count, *leaves[0].shape[1:])
   repeat = lambda leaf: jnp.repeat(leaf, count, 0) if leaf.ndim else leaf
@@ -189,7 +204,9 @@ def _between(name: str, rule: Callable, weight: float, during: tuple[float, floa
              inert: bool | None = None) -> Transform:
   """The row of two branches, of cond and of its null or `negative`. Weight 1 is the denoiser, unless `inert` says else."""
   _check_finite(name, weight=weight)
-  others = lambda x, cond: [dropped(x, cond) if negative is None else replaced(cond, negative)]
+  def others(x, cond):
+    avoided = negative or (cond or {}).get('negative')
+    return [replaced(cond, avoided) if avoided else dropped(x, cond)]
   return _during(name, during, _branched(rule, others), weight == 1 if inert is None else inert)
 
 

@@ -9,9 +9,10 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 TIMES, NOISE, DROP, DROPOUT, LATENT = range(5)  # what a training draw is for: Draw.part(TIMES)
 
-Cond = dict[str, Array] | None
-"""Raw conditions, one row an example ({'label': [B]}), or None. The entry 'drop' [B], bool, marks the examples whose
-conditions the network replaces by its null: that is how training drops and how guidance asks for the unconditional."""
+Cond = dict[str, PyTree] | None
+"""Raw conditions, one row an example ({'label': [B]}), or None. Two entries are not conditions. 'drop', {name: [B], bool},
+marks what the network replaces by its null: that is how training drops and how guidance asks for the unconditional.
+'negative', {name: condition}, is what guidance is to lead away from, in place of the null."""
 
 
 class Level(NamedTuple):

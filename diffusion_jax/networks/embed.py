@@ -1,4 +1,4 @@
-"""Conditions: what a dict of raw arrays becomes before a backbone sees it, and what it is when it is dropped."""
+"""Conditions: what a dict of raw arrays becomes before a backbone sees it."""
 from typing import NamedTuple
 
 from flax import linen as nn
@@ -15,16 +15,16 @@ class Conditioning(NamedTuple):
 
 
 class Label(nn.Module):
-  """A class number becomes a vector; a dropped one the learned vector of a further class (arXiv:2207.12598, sec. 3.2)."""
+  """A class number becomes a learned vector. The null is a class more, number `classes` (arXiv:2207.12598, sec. 3.2)."""
   classes: int
   size: int
   param_dtype: jnp.dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, label, drop):
+  def __call__(self, label):
     table = nn.Embed(self.classes + 1, self.size, param_dtype=self.param_dtype,
                      embedding_init=nn.initializers.normal(0.02), name='table')
-    return Conditioning(vector=table(jnp.where(drop, self.classes, label)))
+    return Conditioning(vector=table(label))
 
 
 class Conditional(nn.Module):
@@ -37,10 +37,9 @@ class Conditional(nn.Module):
 
   def __call__(self, x, feature, cond=None, keys=None):
     cond = cond or {}
-    if set(cond) - {'drop'} != set(self.embedders):
+    if set(cond) != set(self.embedders):
       raise ValueError(f'This network is conditioned on {sorted(self.embedders)}; it was given {sorted(cond)}.')
-    drop = cond.get('drop', jnp.zeros(x.shape[0], bool))
-    parts = [embedder(cond[name], drop) for name, embedder in self.embedders.items()]
+    parts = [embedder(cond[name]) for name, embedder in self.embedders.items()]
     return self.backbone(x, feature, merge(parts), keys)
 
 

@@ -43,6 +43,7 @@ def make_task(data: ConfigDict, reference: int, seed: int, labels: tuple[int, ..
   return Task(
       shape=(height, width, data.channels),
       classes=classes,
+      null={'label': np.int32(classes)} if classes else None,
       summary=summarise(data, splits, classes) if read else '',
       row={'x': jax.ShapeDtypeStruct((height, width, data.channels), np.uint8),
            'label': jax.ShapeDtypeStruct((), np.int32)},

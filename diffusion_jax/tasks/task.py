@@ -13,7 +13,8 @@ from diffusion_jax.core.types import Cond
 class Task(NamedTuple):
   """A kind of data: how to read it, what the network sees, how to show it and how to score it."""
   shape: tuple[int, ...]  # of one example, as the network sees it
-  classes: int  # 0: unconditional
+  classes: int  # 0: no labels
+  null: Cond  # what a dropped condition becomes: one example, without the axis of the batch; None: unconditional
   summary: str  # a sentence on the data, for people
   row: dict[str, jax.ShapeDtypeStruct]  # what an example of `batches` is
   batches: Callable[[int, int, int, int], Iterator[dict]]  # (step, batch, process, processes) -> rows of this process

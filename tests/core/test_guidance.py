@@ -57,7 +57,7 @@ class Counted:
     self.batches.append(len(x))
     self.conds.append(cond)
     given = jnp.where(cond['label'][:, None] == 0, CLASSES[0](x, level).x0, CLASSES[1](x, level).x0)
-    drop = cond.get('drop', jnp.zeros(len(x), bool))
+    drop = cond['drop']['label'] if 'drop' in cond else jnp.zeros(len(x), bool)
     return Estimate(jnp.where(drop[:, None], NULL(x, level).x0, given))
 
 
@@ -68,8 +68,8 @@ def precise():
 
 def toy(x, level, cond):
   """A denoiser of two entries that is nothing special and costs little."""
-  shift = jnp.array([[0.4, -0.3], [-0.8, 0.5], [0.1, 0.7]])[jnp.where(cond['drop'], 2, cond['label']) if 'drop' in cond
-                                                            else cond['label']]
+  shift = jnp.array([[0.4, -0.3], [-0.8, 0.5], [0.1, 0.7]])[jnp.where(cond['drop']['label'], 2, cond['label'])
+                                                            if 'drop' in cond else cond['label']]
   return Estimate(jnp.tanh(1.5 * x + shift))
 
 
@@ -155,9 +155,33 @@ def test_outside_the_interval_half_of_the_work_is_saved():
   assert ran == [4, 8]
 
 
-def test_a_network_without_labels_sees_the_drop_alone():
-  denoise = lambda x, level, cond: Estimate(jnp.where(cond['drop'][:, None], 1.0, 2.0) * x)
-  np.testing.assert_allclose(guidance.guide(3.0)(denoise)(X, PROCESS.level(0.5), None).x0, 4 * X, rtol=1e-6)
+def test_each_condition_is_dropped_in_the_second_branch():
+  lost = lambda cond: jnp.where(cond['drop']['label'] & cond['drop']['text'], 1.0, 2.0)
+  denoise = lambda x, level, cond: Estimate(lost(cond)[:, None] * x)
+  cond = {'label': LABEL, 'text': {'tokens': jnp.zeros((4, 3), int)}}
+  np.testing.assert_allclose(guidance.guide(3.0)(denoise)(X, PROCESS.level(0.5), cond).x0, 4 * X, rtol=1e-6)
+
+
+def test_an_unconditional_network_is_asked_for_its_null():
+  seen = []
+  guidance.guide(3.0)(lambda x, level, cond: seen.append(cond) or Estimate(x))(X, PROCESS.level(0.5), None)
+  assert seen == [{'drop': {}}]
+
+
+@pytest.mark.parametrize('row', [guidance.guide, guidance.rescale, guidance.apg, guidance.cfg_zero, guidance.perpendicular])
+def test_a_negative_comes_with_the_condition_or_with_the_row(row):
+  """The same either way, with one of its own for every example; the network never sees it."""
+  given, level = {'label': LABEL, 'negative': {'label': 1 - LABEL}}, PROCESS.level(0.5)
+  unseen = lambda x, level, cond: toy(x, level, cond) if 'negative' not in cond else None
+  out = row(3.0)(unseen)(X, level, given).x0
+  for i, label in enumerate(LABEL):
+    alone = row(3.0, negative={'label': 1 - int(label)})(toy)(X[i:i + 1], level, {'label': label[None]}).x0
+    np.testing.assert_allclose(out[i:i + 1], alone, rtol=1e-6)
+
+
+def test_perpendicular_needs_a_negative():
+  with pytest.raises(ValueError, match='needs what to avoid'):
+    guidance.perpendicular(3.0)(toy)(X, PROCESS.level(0.5), {'label': LABEL})
 
 
 def test_chain_goes_from_left_to_right():
@@ -231,7 +255,7 @@ def gaussians(*means, covariance=((0.5, 0.2), (0.2, 0.3))):
   """A denoiser whose label chooses the mean of a normal law, the first where the condition is dropped, and the laws."""
   laws = [oracles.Gaussian(np.array(mean), np.array(covariance)) for mean in means]
   def denoise(x, level, cond):
-    label = jnp.where(cond['drop'], 0, cond['label']) if 'drop' in cond else cond['label']
+    label = jnp.where(cond['drop']['label'], 0, cond['label']) if 'drop' in cond else cond['label']
     x0s = jnp.stack([law.denoiser(PROCESS)(x, level).x0 for law in laws])
     return Estimate(jnp.take_along_axis(x0s, label[None, :, None], 0)[0])
   return denoise, laws
@@ -312,8 +336,8 @@ def test_cfg_zero_scales_the_null_s_velocity_to_the_nearest(schedule, x64):
   flow, level = Gaussian(SCHEDULES['flow']).level(0.7), process.level(t)
   x = precise() * (level.alpha + level.sigma)
   x0s = jax.random.normal(jax.random.key(1), (2, 4, 2))  # of the null and given
-  denoise = lambda x, level, cond: Estimate(jnp.where(cond['drop'][:, None], *jnp.repeat(x0s, 2, 1)))
-  run = jax.jit(lambda weight: guidance.cfg_zero(weight)(denoise)(x, level, None).x0, static_argnums=0)
+  denoise = lambda x, level, cond: Estimate(jnp.where(cond['drop']['label'][:, None], *jnp.repeat(x0s, 2, 1)))
+  run = jax.jit(lambda weight: guidance.cfg_zero(weight)(denoise)(x, level, {'label': LABEL}).x0, static_argnums=0)
   velocity = lambda x0: np.asarray((precise() - x0) / flow.t)  # on the flow path, xt = x0 + t velocity
   null, given, one, three = (velocity(x0) for x0 in (*x0s, run(0.0), run(3.0)))
   along = lambda v: (v * null).sum(1) / (null**2).sum(1)

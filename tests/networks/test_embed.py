@@ -1,4 +1,4 @@
-"""Conditions: the null, the drop, and how several become one."""
+"""Conditions: what each becomes, and how several become one."""
 import jax
 import numpy as np
 import pytest
@@ -8,19 +8,18 @@ from jax import numpy as jnp
 from diffusion_jax.networks.embed import Conditional, Conditioning, Label, merge
 
 
-def test_label_reads_its_row_and_a_dropped_one_the_null_row():
-  layer = Label(classes=4, size=6)
-  label, drop = jnp.array([0, 3, 2, 3]), jnp.array([False, False, True, True])
-  params = layer.init(jax.random.key(0), label, drop)
+def test_label_reads_its_row_and_the_null_the_last():
+  layer, label = Label(classes=4, size=6), jnp.array([0, 3, 4, 4])
+  params = layer.init(jax.random.key(0), label)
   table = np.asarray(params['params']['table']['embedding'])
   assert table.shape == (5, 6) and table.dtype == np.float32
-  out = layer.apply(params, label, drop)
+  out = layer.apply(params, label)
   np.testing.assert_array_equal(out.vector, table[[0, 3, 4, 4]])
   assert out.sequence is None and out.mask is None and out.channels is None
 
 
 def test_labels_start_small_and_apart():
-  params = Label(1000, 64).init(jax.random.key(0), jnp.zeros(1, int), jnp.zeros(1, bool))
+  params = Label(1000, 64).init(jax.random.key(0), jnp.zeros(1, int))
   table = np.asarray(params['params']['table']['embedding'])
   assert abs(table.std() / 0.02 - 1) < 0.02
   assert len(np.unique(table[:, 0])) == 1001
@@ -63,15 +62,11 @@ def call(echo, cond):
   return net.apply(params, jnp.zeros((2, 4, 1)), jnp.zeros(2), cond)
 
 
-def test_conditional_adds_its_embeddings_and_drops_them_together(echo):
+def test_conditional_adds_its_embeddings(echo):
   _, params, cond = echo
   tables = {name: np.asarray(tree['table']['embedding']) for name, tree in
             ((key.removeprefix('embedders_'), value) for key, value in params['params'].items())}
-  kept, null = tables['label'][[0, 2]] + tables['style'][[3, 1]], tables['label'][3] + tables['style'][4]
-  np.testing.assert_allclose(call(echo, cond).vector, kept, rtol=1e-6)
-  np.testing.assert_allclose(call(echo, cond | {'drop': jnp.zeros(2, bool)}).vector, kept, rtol=1e-6)
-  dropped = call(echo, cond | {'drop': jnp.array([False, True])}).vector
-  np.testing.assert_allclose(dropped, [kept[0], null], rtol=1e-6)
+  np.testing.assert_allclose(call(echo, cond).vector, tables['label'][[0, 2]] + tables['style'][[3, 1]], rtol=1e-6)
 
 
 def test_other_conditions_get_a_sentence(echo):
