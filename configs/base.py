@@ -32,19 +32,30 @@ def get_config():
   config.network = 'UNet(channels=32, multipliers=(1, 2), blocks=1, attention=(False, False))'
 
   # The data
+  config.task = 'images'  # 'images', with or without labels; 'captions'
   config.data = ConfigDict()
-  config.data.source = 'digits'  # 'digits' (scikit-learn), 'tfds', 'folder'
+  config.data.source = 'digits'  # 'digits' (scikit-learn; images), 'shapes' (drawn; captions), 'tfds', 'folder'
   config.data.name = ''  # tfds: the name of the set, 'cifar10'
   config.data.path = ''  # folder: the folder; tfds: the folder of prepared sets, '' for TFDS_DATA_DIR
   config.data.train = 'train'  # tfds: training split, 'train[:90%]'
   config.data.test = 'test'  # tfds: held-out split
-  config.data.holdout = 100  # folder: images held out after a fixed shuffle
+  config.data.holdout = 100  # folder: images held out after a fixed shuffle; shapes: held-out pictures
+  config.data.count = 20_000  # shapes: training pictures
+  config.data.caption = 'text'  # captions: the column of metadata.csv, or the feature of a TFDS set, 'captions/text'
   config.data.size = (8, 8)  # pixels, height and width, to which images are brought
   config.data.resize = 'crop'  # 'crop' (the middle, to the aspect) then resize, 'stretch', 'none'
   config.data.channels = 1  # 1 grey, 3 RGB, 4 RGBA
   config.data.flip = False  # mirror left to right, every second time
   config.data.classes = -1  # -1: as many as the data have, 0: unconditional
   config.data.bad_files = 'stop'  # folder, a file that cannot be read: 'stop', or 'skip' and count it
+
+  # The text of captions
+  config.text = ConfigDict()
+  config.text.encoder = 'CLIPText(width=128, layers=4, heads=4)'  # networks/text.py, trained with the network
+  config.text.length = 16  # tokens of a text, its start and end counted
+  config.text.long = 'cut'  # a text with more: 'cut', which is said, or 'refuse'
+  config.text.tokenizer = ''  # a file of the tokenizers library; '': a byte-level BPE trained on the captions
+  config.text.vocabulary = 512  # tokens that there are, at most
 
   # Training
   config.train = ConfigDict()
@@ -80,6 +91,8 @@ def get_config():
   config.sample.batch = 100  # samples at once, over all devices
   config.sample.seed = 0  # sample i is the same for any count and batch
   config.sample.labels = ()  # classes to sample in turn; (): all
+  config.sample.prompts = ()  # texts to sample in turn; (): the held-out captions
+  config.sample.negative = ''  # a text to lead away from, where the transform guides; '': the null
   config.sample.ema = -1.0  # which of train.ema, 0.0: the parameters themselves, -1.0: the first
 
   # After training, and --mode=evaluate

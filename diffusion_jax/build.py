@@ -7,7 +7,7 @@ import ast
 import difflib
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 
@@ -91,3 +91,28 @@ def _form(name: str, function: Callable) -> str:
 
 def _example(names: dict[str, Callable]) -> str:
   return repr(f'{sorted(names)[0]}(...)') if names else "'module.function(...)'"
+
+
+def with_argument(text: str, name: str, value: Any, names: dict[str, Callable]) -> str | None:
+  """The text with argument `name` of a call set to a value: of the first call, arguments before what takes them, whose
+  function has it. None where none has."""
+  tree = ast.parse(text, mode='eval')
+  for call in _calls(tree.body):
+    parameters = list(inspect.signature(_find(ast.unparse(call.func), text, names)).parameters)
+    if name in parameters:
+      place, new = parameters.index(name), ast.Constant(value)
+      call.keywords = [word for word in call.keywords if word.arg != name]
+      if place < len(call.args):
+        call.args[place] = new
+      else:
+        call.keywords.append(ast.keyword(name, new))
+      return ast.unparse(tree)
+  return None
+
+
+def _calls(node: ast.AST) -> Iterator[ast.Call]:
+  """The calls of an expression, those among the arguments of a call before it."""
+  for child in ast.iter_child_nodes(node):
+    yield from _calls(child)
+  if isinstance(node, ast.Call):
+    yield node

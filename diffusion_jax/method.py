@@ -37,15 +37,17 @@ from diffusion_jax.core.targets import Target
 from diffusion_jax.core.times import Adaptive, Times
 from diffusion_jax.core.types import Denoiser, Draw, Learned, Network, Schedule, Transform
 from diffusion_jax.core.weights import Weight
-from diffusion_jax.networks import embed, unet
+from diffusion_jax.networks import embed, text, unet
 from diffusion_jax.tasks.task import Task
 
 NETWORKS = {'UNet': unet.UNet}
+ENCODERS = {'CLIPText': text.CLIPText, 'T5Encoder': text.T5Encoder}
 SHARDING = {'UNet': (('(conv_1|norm_2|time)/', 'tensor(-1) | fsdp()'),  # of a residual block: the first convolution makes
                      ('conv_2/kernel', 'tensor(-2) | fsdp()'),  # a part of the channels, which the second one sums over
                      ('.*', 'fsdp()'))}
 SCHEDULES = {**rows(schedules, Schedule), **rows(schedules, Learned), **rows(betas, Schedule), **rows(betas, betas.Betas)}
 SOLVERS = {**rows(solvers, Solver), **rows(singlestep, Solver), **rows(multistep, Solver), **rows(correctors, Solver)}
+GRIDS = rows(grids, grids.Grid)
 TRANSFORMS = {**rows(guidance, Transform), **rows(constraints, Transform)}
 TIMES = {**rows(times, Times), **rows(times, Adaptive)}
 
@@ -91,9 +93,9 @@ def make_method(config: ConfigDict, task: Task) -> Method:
   def network(params, dropout_keys=None) -> Network:
     def call(x, feature, cond):
       if 'drop' in (cond or {}) and not (drops and task.null):
-        raise ValueError('Guidance needs a network that was trained with dropped conditions: this one has the conditions '
-                         f'{sorted(task.null or {})} and config.train.drop={config.train.drop}. Leave guide(...) out of the '
-                         'transform, or train with config.train.drop=0.1.')
+        raise ValueError('Guidance needs a network that was trained with dropped conditions: this one is conditioned on '
+                         f'{sorted(task.null or {})} and has config.train.drop={config.train.drop}. Leave guide(...) out of '
+                         'the transform, or train with config.train.drop=0.1.')
       return net.apply({'params': params['params']}, x, feature, _with_nulls(cond, task.null), dropout_keys)
     return call
 
@@ -133,11 +135,20 @@ def make_network(config: ConfigDict, task: Task) -> nn.Module:
   backbone = build(config.network, NETWORKS)
   channels = task.shape[-1] * (2 if _target(config).learns_variance else 1)
   backbone = backbone.clone(out_channels=channels, axes=len(task.shape) - 1)
-  embedders = {'label': embed.Label(task.classes, backbone.vector_size, backbone.param_dtype)} if task.classes else {}
-  net = embed.Conditional(backbone, embedders)
+  size, dtype = backbone.vector_size, backbone.param_dtype
+  make = {'label': lambda: embed.Label(task.classes, size, dtype),
+          'text': lambda: embed.Text(make_encoder(config), size, dtype)}
+  net = embed.Conditional(backbone, {name: make[name]() for name in task.null or {}})
   x, cond = _example(task)
   jax.eval_shape(net.init, jax.random.key(0), x, jnp.zeros(1), cond)
   return net
+
+
+def make_encoder(config: ConfigDict) -> nn.Module:
+  """The text encoder of config.text."""
+  numbers = {'vocabulary': config.text.vocabulary, 'length': config.text.length}
+  own = lambda maker: {name: numbers[name] for name in numbers.keys() & maker.__dataclass_fields__.keys()}
+  return _build(config, 'text.encoder', {name: partial(maker, **own(maker)) for name, maker in ENCODERS.items()})
 
 
 def _drops(config: ConfigDict, names: list[str], keys: jax.Array) -> dict[str, jax.Array]:
@@ -166,7 +177,7 @@ def default_sharding(config: ConfigDict) -> tuple[tuple[str, str], ...]:
 def make_sampling(config: ConfigDict, transform: str) -> Sampling:
   """The solver and grid of a config with a transform. Raises ValueError where the grid touches a singular point."""
   schedule = _schedule(config)
-  grid = _build(config, 'grid', rows(grids, grids.Grid))
+  grid = _build(config, 'grid', GRIDS)
   times = np.asarray(grid(_no_schedule if isinstance(schedule, Learned) else schedule))
   targets.check_grid(Gaussian(_first(schedule)), _target(config), times, f'config.target {config.target!r}')
   return Sampling(_build(config, 'solver', SOLVERS), times,

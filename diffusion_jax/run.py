@@ -8,13 +8,15 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import optax
+from jax import numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from diffusion_jax.core import sampling
+from diffusion_jax.build import build
+from diffusion_jax.core import constraints, sampling
 from diffusion_jax.core.processes import Gaussian
-from diffusion_jax.core.types import example_keys
+from diffusion_jax.core.types import example_keys, fold
 from diffusion_jax.method import Method, default_sharding, make_likelihood, make_method, make_sampling
 from diffusion_jax.runtime import mesh as meshes
 from diffusion_jax.runtime import optimizers, sharding
@@ -23,6 +25,15 @@ from diffusion_jax.runtime.logs import say
 from diffusion_jax.runtime.step import State, init_state, train_step
 from diffusion_jax.runtime.workdir import check_resumable, load_config
 from diffusion_jax.tasks.task import Task, make_task
+
+START = 4  # what of a sample's key is for the noise of an image from which it starts
+INPAINT = {
+  'replace': constraints.replace,
+  'dps': lambda image, known, std, scale=1.0: constraints.dps(lambda x0: jnp.where(known, x0, 0),
+                                                              jnp.where(known, image, 0), std, scale),
+  'pigdm': lambda image, known, std=0.0, data_std=1.0: constraints.pigdm(lambda x0: jnp.where(known, x0, 0),
+                                                                         jnp.where(known, image, 0), std, data_std)}
+"""How samples are made to have the known entries of an image: (image, known, the arguments of its call) -> Transform."""
 
 
 class Run(NamedTuple):
@@ -61,7 +72,7 @@ def open_run(config: ConfigDict, workdir: Path, read: bool, devices: Sequence[ja
   config = config.copy_and_resolve_references()
   if not read and config.data.classes == -1:
     config.data.classes = load_config(workdir).data.classes  # what the data had
-  task = make_task(config, read)
+  task = make_task(config, read, workdir)
   config.data.classes = task.classes
   for name, value in check_resumable(config, workdir).items():
     say(f'The run in {workdir} is older than config.{name}, which is {value!r} now.')
@@ -178,17 +189,25 @@ def trained_process(run: Run, state: State) -> Gaussian:
   return run.method.process(jax.tree.map(meshes.gather, params))
 
 
-def sampling_program(run: Run, transform: str, keep: bool = False) -> Callable:
-  """(params, extra, index [B], cond) -> samples, or, to keep the way, (xts, x0 estimates): a pure function.
+def sampling_program(run: Run, transform: str, keep: bool = False, strength: float = 1.0,
+                     inpaint: str = 'replace()') -> Callable:
+  """(params, extra, index [B], cond, ...) -> samples, or, to keep the way, (xts, x0 estimates): a pure function.
 
-  The noise of a sample follows from config.sample.seed and its number in `index`.
+  The noise of a sample follows from config.sample.seed and its number in `index`. It may be given images x0 [B, ...] too,
+  from which it starts, noised to the time `strength` if that is below 1; and after these `known`, bool, which of their
+  entries the samples are to have, by a row of INPAINT.
   """
   parts = make_sampling(run.config, transform)
   walk = sampling.trajectory if keep else sampling.sample
-  def program(params, extra, index, cond):
-    keys = example_keys(jax.random.key(run.config.sample.seed), index)
-    denoiser = parts.transform(run.method.denoiser(params, extra))
-    return walk(keys, run.method.process(params), parts.solver, denoiser, parts.grid, run.task.shape, cond)
+  def program(params, extra, index, cond, image=None, known=None):
+    keys, process, start = example_keys(jax.random.key(run.config.sample.seed), index), run.method.process(params), None
+    denoiser, grid = parts.transform(run.method.denoiser(params, extra)), parts.grid
+    if known is not None:
+      denoiser = build(inpaint, {name: partial(row, image, known) for name, row in INPAINT.items()})(denoiser)
+    if strength < 1:
+      grid = np.array([strength, *grid[grid < strength]])
+      start, _ = process.corrupt(fold(keys, START), image, process.level(strength))
+    return walk(keys, process, parts.solver, denoiser, grid, run.task.shape, cond, start)
   return program
 
 

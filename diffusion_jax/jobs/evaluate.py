@@ -42,7 +42,7 @@ def write(this: Run, state: State) -> Path:
   results = []
   for transform in c.evaluate.transforms if c.evaluate.count else ():
     samples = draw(this, make_sampler(this, transform), state, c.evaluate.count, c.evaluate.batch)
-    scores = this.task.metrics(samples, this.task.context(np.arange(c.evaluate.count)))
+    scores = this.task.metrics(samples, this.task.titles(np.arange(c.evaluate.count)))
     results.append({**provenance(this, state, c.evaluate.count, transform), **scores})
     pairs = {name: value for name, value in scores.items() if isinstance(value, dict)}
     say(f'\nScores of {c.evaluate.count} samples, {transform}, {c.solver} on {c.grid}, EMA {results[-1]["ema"]}, seed '

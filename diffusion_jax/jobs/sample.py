@@ -44,20 +44,21 @@ def write(this: Run, state: State) -> list[Path]:
   samples = draw(this, make_sampler(this, c.transform), state, c.sample.count, c.sample.batch)
   if jax.process_index() == 0:
     picture = pictures.save_png(folder / 'samples.png', sheet(this, samples))
-    cond = this.task.context(np.arange(c.sample.count)) or {}
-    np.savez_compressed(folder / 'samples.npz', x=samples, **cond)
+    titles = this.task.titles(np.arange(c.sample.count))
+    np.savez_compressed(folder / 'samples.npz', x=samples, title=titles)
     workdirs.write_json(folder / 'samples.json', provenance(this, state, c.sample.count, c.transform))
   ways = write_trajectory(this, state)
   return [picture, folder / 'samples.npz', *ways, write_schedule(this, state)] if jax.process_index() == 0 else []
 
 
 def sheet(this: Run, samples: np.ndarray) -> np.ndarray:
-  """All samples in one picture, a row a class; without classes in rows of ten."""
-  cond = this.task.context(np.arange(len(samples)))
-  if cond is None:
+  """All samples in one picture, a row for all of one thing, such as a class; where there are few of each, rows of ten."""
+  titles = this.task.titles(np.arange(len(samples)))
+  kinds = list(dict.fromkeys(titles))
+  if not 1 < len(kinds) <= len(samples) / 4:
     return this.task.render(samples, min(10, len(samples)))
-  kinds = len(np.unique(cond['label']))
-  return this.task.render(samples[np.argsort(cond['label'], kind='stable')], -(-len(samples) // kinds))
+  order = np.argsort([kinds.index(title) for title in titles], kind='stable')
+  return this.task.render(samples[order], -(-len(samples) // len(kinds)))
 
 
 def write_trajectory(this: Run, state: State) -> list[Path]:

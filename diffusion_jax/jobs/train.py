@@ -33,6 +33,8 @@ def run(config: ConfigDict, workdir: Path) -> int:
   """Train to config.train.steps from the newest checkpoint, or from nothing. Returns the exit status."""
   this = open_run(config, workdir, read=True)
   workdirs.open_workdir(this.config, workdir)
+  if jax.process_index() == 0:
+    this.task.save(workdir)
   checkpoints = open_checkpoints(this)
   state = restore(this, checkpoints) or new_state(this)
   start, steps = int(state.step), this.config.train.steps

@@ -27,6 +27,19 @@ class Label(nn.Module):
     return Conditioning(vector=table(label))
 
 
+class Text(nn.Module):
+  """A text, {'tokens': [B, L], 'mask': [B, L]}, becomes its encoder's sequence, and its pooled vector one of `size`."""
+  encoder: nn.Module
+  size: int
+  param_dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, text):
+    encoded = self.encoder(text['tokens'], text['mask'])
+    vector = nn.Dense(self.size, param_dtype=self.param_dtype, name='vector')(encoded.pooled)
+    return Conditioning(vector, encoded.sequence, text['mask'])
+
+
 class Conditional(nn.Module):
   """A backbone with the embedders of its conditions, `embedders` = {entry of cond: module}.
 

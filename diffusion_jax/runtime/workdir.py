@@ -18,7 +18,7 @@ RESUMABLE = ('train.steps', 'log.', 'checkpoint.', 'sample.', 'evaluate.', 'benc
 """Fields, or beginnings of their names, in which a run may differ from the one that it continues."""
 
 PACKAGES = ('diffusion_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'tensorflow-datasets',
-            'ml_collections', 'numpy', 'scikit-learn', 'pillow')
+            'ml_collections', 'numpy', 'scikit-learn', 'pillow', 'tokenizers')
 
 
 def flatten(config: ConfigDict, prefix: str = '') -> dict:

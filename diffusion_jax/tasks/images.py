@@ -25,8 +25,7 @@ def make_task(data: ConfigDict, reference: int, seed: int, labels: tuple[int, ..
   `reference` caps the training images that scores use, `labels` are those to sample (() for all in turn). Raises
   ValueError where the config contradicts the data.
   """
-  if data.channels not in MODES:
-    raise ValueError(f'config.data.channels is {data.channels}; images have 1, 3 or 4.')
+  fit_of(data)
   splits = load(data) if read else None
   classes = splits.classes if data.classes == -1 and read else data.classes
   if read:
@@ -40,29 +39,36 @@ def make_task(data: ConfigDict, reference: int, seed: int, labels: tuple[int, ..
     if classes and not ((0 <= chosen) & (chosen < classes)).all():
       raise ValueError(f'config.sample.labels is {labels}; this run has the classes 0 to {classes - 1}.')
     return {'label': chosen[index % len(chosen)]} if classes else None
+  def ask(prompts):
+    for prompt in prompts:
+      if (prompt not in map(str, range(classes))) if classes else prompt:
+        legal = f'a class from 0 to {classes - 1}' if classes else 'nothing: this run has no classes'
+        raise ValueError(f'The prompt {prompt!r} is none that this run knows; it can be asked for {legal}.')
+    return {'label': np.array(prompts, np.int32)} if classes else None
   return Task(
       shape=(height, width, data.channels),
       classes=classes,
       null={'label': np.int32(classes)} if classes else None,
-      summary=summarise(data, splits, classes) if read else '',
+      summary=summarise(data, splits, f'{classes} classes' if classes else 'no classes') if read else '',
       row={'x': jax.ShapeDtypeStruct((height, width, data.channels), np.uint8),
            'label': jax.ShapeDtypeStruct((), np.int32)},
       batches=lambda step, batch, process, processes: inputs.batches(
           splits.train, augment, seed, batch, step, process, processes),
       encode=lambda rows: (encode(rows['x']), {'label': rows['label']} if classes else None),
       context=context,
+      ask=ask,
+      titles=lambda index: [str(label) for label in context(index)['label']] if classes else [''] * len(index),
       decode=decode,
       render=render,
       examples=lambda split, most: _read(splits.train if split == 'train' else splits.test, most),
-      metrics=lambda samples, cond: score(samples, cond, splits, classes, reference),
-      skipped=lambda: sum(len(getattr(split, 'skipped', ())) for split in (splits.train, splits.test)) if read else 0)
+      metrics=lambda samples, titles: score(samples, titles, splits, classes, reference),
+      skipped=lambda: skipped(splits),
+      save=lambda folder: None)
 
 
 def load(data: ConfigDict) -> sources.Splits:
   """Open the data set that config.data.source names; its first example is read, so that a contradiction shows at once."""
-  fit = fit_to(tuple(data.size), data.channels, data.resize)
-  if data.bad_files not in ('stop', 'skip'):
-    raise ValueError(f"config.data.bad_files is {data.bad_files!r}; legal are 'stop' and 'skip'.")
+  fit = fit_of(data)
   if data.source == 'digits':
     splits = sources.digits(fit)
   elif data.source == 'tfds':
@@ -73,6 +79,15 @@ def load(data: ConfigDict) -> sources.Splits:
     raise ValueError(f"config.data.source is {data.source!r}; legal are 'digits', 'tfds' and 'folder'.")
   splits.train[0]
   return splits
+
+
+def fit_of(data: ConfigDict) -> sources.Fit:
+  """`fit_to` for config.data. Raises ValueError where its fields on images are illegal."""
+  if data.channels not in MODES:
+    raise ValueError(f'config.data.channels is {data.channels}; images have 1, 3 or 4.')
+  if data.bad_files not in ('stop', 'skip'):
+    raise ValueError(f"config.data.bad_files is {data.bad_files!r}; legal are 'stop' and 'skip'.")
+  return fit_to(tuple(data.size), data.channels, data.resize)
 
 
 def fit_to(size: tuple[int, int], channels: int, resize: str) -> sources.Fit:
@@ -145,7 +160,7 @@ def features(images: np.ndarray) -> np.ndarray:
   return x.reshape(len(x), -1)
 
 
-def score(samples: np.ndarray, cond: dict | None, splits: sources.Splits, classes: int, reference: int) -> dict[str, Any]:
+def score(samples: np.ndarray, labels: list[str], splits: sources.Splits, classes: int, reference: int) -> dict[str, Any]:
   """Scores of uint8 samples beside those of held-out data. Distances compare equally many samples and held-out images."""
   train, test = _read(splits.train, reference), _read(splits.test, min(len(samples), reference))
   real, held, drawn = features(train['x']), features(test['x']), features(samples)
@@ -160,7 +175,7 @@ def score(samples: np.ndarray, cond: dict | None, splits: sources.Splits, classe
                                            'held_out': float(np.median(nearest_distances(held, real)))}}
   if classes:
     predict = fit_svm(real, train['label'])
-    scores['svm_accuracy'] = {'samples': float(np.mean(predict(drawn) == cond['label'])),
+    scores['svm_accuracy'] = {'samples': float(np.mean(predict(drawn) == np.array(labels, int))),
                               'held_out': float(np.mean(predict(held) == test['label']))}
   return scores
 
@@ -173,16 +188,25 @@ def _averaging(old: int, new: int) -> np.ndarray:
 
 
 def _read(source: Any, most: int) -> dict[str, np.ndarray]:
-  """The images and labels of at most `most` examples, after a fixed shuffle where there are more."""
+  """The images of at most `most` examples, with their labels where they have some."""
+  examples = chosen(source, most)
+  return {name: np.stack([each[name] for each in examples]) for name in ('x', 'label') if name in examples[0]}
+
+
+def chosen(source: Any, most: int) -> list[dict]:
+  """At most `most` examples, after a fixed shuffle where there are more."""
   rows = np.arange(len(source))
   if len(rows) > most:
     rows = np.random.default_rng(sources.SPLIT_SEED).permutation(len(rows))[:most]
-  examples = [source[int(i)] for i in rows]
-  return {name: np.stack([each[name] for each in examples]) for name in ('x', 'label')}
+  return [source[int(i)] for i in rows]
 
 
-def summarise(data: ConfigDict, splits: sources.Splits, classes: int) -> str:
+def skipped(splits: sources.Splits | None) -> int:
+  """Files that could not be read and were left out so far."""
+  return sum(len(getattr(split, 'skipped', ())) for split in (splits.train, splits.test)) if splits else 0
+
+
+def summarise(data: ConfigDict, splits: sources.Splits, kinds: str) -> str:
   name = data.name or data.path or data.source
-  kinds = f'{classes} classes' if classes else 'no classes'
   return (f'{name}: {len(splits.train):,} training and {len(splits.test):,} held-out images of '
           f'{data.size[0]}x{data.size[1]}x{data.channels}, {kinds}')

@@ -1,6 +1,7 @@
 """Where images come from: scikit-learn's digits, TFDS, a folder.
 
-A source has a length and gives {'x': uint8 [H, W, C], 'label': int32} for an index.
+A source has a length and gives {'x': uint8 [H, W, C], 'label': int32} for an index; one with captions gives 'captions', a
+list of str, in place of the label; all of them are its `texts`, the first of each example its `prompts`.
 """
 import csv
 import importlib.util
@@ -39,28 +40,37 @@ class Arrays:
 
 
 class Prepared:
-  """A TFDS data source whose images pass through `fit`."""
+  """A TFDS data source whose images pass through `fit`; `about(example)` is what it says of them."""
 
-  def __init__(self, source: Any, fit: Fit, name: str):
-    self.source, self.fit, self.name = source, fit, name
+  def __init__(self, source: Any, fit: Fit, name: str, about: Callable[[dict], dict]):
+    self.source, self.fit, self.name, self.about = source, fit, name, about
 
   def __len__(self):
     return len(self.source)
 
   def __getitem__(self, index):
     example = self.source[int(index)]
-    return {'x': self.fit(example['image'], self.name), 'label': np.int32(example.get('label', 0))}
+    return {'x': self.fit(example['image'], self.name), **self.about(example)}
 
 
 class Files:
-  """Image files with labels. A file that cannot be read stops the run, or with skip=True the next one takes its place."""
+  """Image files, with what is known about each. A file that cannot be read stops the run, or with skip=True the next one
+  takes its place."""
 
-  def __init__(self, paths: list[Path], labels: list[int], fit: Fit, mode: str, skip: bool):
-    self.paths, self.labels, self.fit, self.mode, self.skip = paths, labels, fit, mode, skip
+  def __init__(self, paths: list[Path], about: list[dict], fit: Fit, mode: str, skip: bool):
+    self.paths, self.about, self.fit, self.mode, self.skip = paths, about, fit, mode, skip
     self.skipped = set()
 
   def __len__(self):
     return len(self.paths)
+
+  @property
+  def texts(self) -> list[str]:
+    return sorted({text for each in self.about for text in each['captions']})
+
+  @property
+  def prompts(self) -> list[str]:
+    return [each['captions'][0] for each in self.about]
 
   def __getitem__(self, index):
     for offset in range(len(self.paths)):
@@ -78,7 +88,7 @@ class Files:
           warnings.warn(f'The image {path} cannot be read and is left out: {reason}.', stacklevel=2)
           self.skipped.add(path)
       else:
-        return {'x': self.fit(found, str(path)), 'label': np.int32(self.labels[number])}
+        return {'x': self.fit(found, str(path)), **self.about[number]}
     raise ValueError(f'None of the {len(self.paths)} images, such as {self.paths[0]}, can be read.')
 
 
@@ -96,6 +106,16 @@ def tfds(name: str, path: str, train: str, test: str, fit: Fit) -> Splits:
 
   `path` is the folder of prepared sets; '' means TFDS_DATA_DIR or TFDS's default.
   """
+  builder = _prepared(name, path)
+  features = builder.info.features
+  label = features['label'] if 'label' in features else None
+  about = lambda example: {'label': np.int32(example.get('label', 0))}
+  sources = [Prepared(builder.as_data_source(split=split), fit, name, about) for split in (train, test)]
+  return Splits(*sources, getattr(label, 'num_classes', 0) or 0)
+
+
+def _prepared(name: str, path: str) -> Any:
+  """The builder of a TFDS set, prepared."""
   import tensorflow_datasets
   where = {'data_dir': path} if path else {}
   install = "pip install 'diffusion_jax[tfds]'"
@@ -116,10 +136,7 @@ def tfds(name: str, path: str, train: str, test: str, fit: Fit) -> Splits:
     except Exception as error:  # any of TFDS, tensorflow and the network
       raise ValueError(f'{name} is not prepared in {builder.data_path} and could not be ({first_line(error)}): mend that, '
                        + elsewhere) from error
-  features = builder.info.features
-  label = features['label'] if 'label' in features else None
-  sources = [Prepared(builder.as_data_source(split=split), fit, name) for split in (train, test)]
-  return Splits(*sources, getattr(label, 'num_classes', 0) or 0)
+  return builder
 
 
 def folder(path: str, holdout: int, fit: Fit, mode: str, skip: bool) -> Splits:
@@ -127,19 +144,65 @@ def folder(path: str, holdout: int, fit: Fit, mode: str, skip: bool) -> Splits:
 
   `holdout` images, after a fixed shuffle, are held out. Without labels in metadata.csv there are no classes.
   """
+  root = _root(path, 'a sub-folder of images for each class, or a metadata.csv with the columns file_name,label')
+  table = root / 'metadata.csv'
+  paths, names = _listed(table, 'label') if table.exists() else _sub_folders(root)
+  if not paths:
+    raise ValueError(f'{root} holds no images ({_EXAMPLES}) in sub-folders.')
+  labels, classes = _numbers(names)
+  return Splits(*_split(paths, [{'label': np.int32(label)} for label in labels], holdout, fit, mode, skip), classes)
+
+
+def captioned_folder(path: str, column: str, holdout: int, fit: Fit, mode: str, skip: bool) -> Splits:
+  """Images listed in metadata.csv, with the columns file_name and `column`, their caption; a row for each of several.
+
+  `holdout` images, after a fixed shuffle, are held out.
+  """
+  root = _root(path, f'a metadata.csv of the columns file_name,{column}')
+  table = root / 'metadata.csv'
+  if not table.exists():
+    raise ValueError(f'{root} has no metadata.csv; images with captions need one, with the columns file_name,{column}.')
+  found = {}
+  for path, text in zip(*_listed(table, column, needed=True), strict=True):
+    found.setdefault(path, []).append(text)
+  return Splits(*_split(list(found), [{'captions': texts} for texts in found.values()], holdout, fit, mode, skip), 0)
+
+
+def captioned_tfds(name: str, path: str, train: str, test: str, feature: str, fit: Fit) -> Splits:
+  """An image set of TensorFlow Datasets with captions: `feature` is a text or several, 'captions/text' the entry text of
+  captions."""
+  from tensorflow_datasets import decode
+  builder, names = _prepared(name, path), feature.split('/')
+  def texts(example):
+    for each in names:
+      if not isinstance(example, dict) or each not in example:
+        raise ValueError(f'{name} has no feature {feature!r} (config.data.caption): it has '
+                         f'{sorted(builder.info.features)}.')
+      example = example[each]
+    return [text.decode() for text in np.ravel(example)]
+  about = lambda example: {'captions': texts(example)}
+  without = {'image': decode.SkipDecoding()}
+  splits = [Prepared(builder.as_data_source(split=split), fit, name, about) for split in (train, test)]
+  for source, split in zip(splits, (train, test), strict=True):
+    found = [texts(example) for example in builder.as_data_source(split=split, decoders=without)]
+    source.texts, source.prompts = sorted({text for each in found for text in each}), [each[0] for each in found]
+  return Splits(*splits, 0)
+
+
+def _root(path: str, needs: str) -> Path:
   root = Path(path)
   if not path or not root.is_dir():
-    raise ValueError(f'config.data.path is {path!r}, which is not a folder: type --config.data.path=FOLDER with a '
-                     'sub-folder of images for each class, or a metadata.csv with the columns file_name,label.')
-  table = root / 'metadata.csv'
-  paths, names = _listed(table) if table.exists() else _sub_folders(root)
+    raise ValueError(f'config.data.path is {path!r}, which is not a folder: type --config.data.path=FOLDER with {needs}.')
+  return root
+
+
+def _split(paths: list[Path], about: list[dict], holdout: int, fit: Fit, mode: str, skip: bool) -> list[Files]:
+  """The training and the held-out files, after a fixed shuffle."""
   if not 0 < holdout < len(paths):
-    raise ValueError(f'{root} holds {len(paths)} images; config.data.holdout is {holdout} and must be between 1 and '
-                     f'{max(len(paths) - 1, 1)}.' if paths else f'{root} holds no images ({_EXAMPLES}) in sub-folders.')
-  labels, classes = _numbers(names)
-  make = lambda rows: Files([paths[i] for i in rows], [labels[i] for i in rows], fit, mode, skip)
-  train, test = _shuffled(len(paths), holdout)
-  return Splits(make(train), make(test), classes)
+    raise ValueError(f'There are {len(paths)} images; config.data.holdout is {holdout} and must be between 1 and '
+                     f'{max(len(paths) - 1, 1)}.')
+  return [Files([paths[i] for i in rows], [about[i] for i in rows], fit, mode, skip)
+          for rows in _shuffled(len(paths), holdout)]
 
 
 _EXTENSIONS = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff')
@@ -151,13 +214,15 @@ def _sub_folders(root: Path) -> tuple[list[Path], list[str]]:
   return paths, [path.parent.name for path in paths]
 
 
-def _listed(table: Path) -> tuple[list[Path], list[str]]:
+def _listed(table: Path, column: str, needed: bool = False) -> tuple[list[Path], list[str]]:
+  """The files of metadata.csv, and what `column` says of them."""
   with table.open(newline='', encoding='utf-8-sig') as file:
     reader = csv.DictReader(file)
-    if 'file_name' not in (reader.fieldnames or []):
-      raise ValueError(f'{table} has the columns {reader.fieldnames}; it needs file_name, and label for classes.')
+    if not {'file_name', *([column] if needed else [])} <= set(reader.fieldnames or []):
+      raise ValueError(f'{table} has the columns {reader.fieldnames}; it needs file_name, and {column}'
+                       + ('.' if needed else ' for classes.'))
     rows = list(reader)
-  return [table.parent / row['file_name'] for row in rows], [row.get('label') or '' for row in rows]
+  return [table.parent / row['file_name'] for row in rows], [row.get(column) or '' for row in rows]
 
 
 def _numbers(names: list[str]) -> tuple[list[int], int]:

@@ -15,6 +15,7 @@ from diffusion_jax.runtime.workdir import flatten, load_config
 from tests.jobs.runs import ROOT
 
 PARAMETERS = {'cifar10': 35_746_307, 'imagenet_64': 295_904_454 + 768, 'imagenet_256': 553_838_086 + 1024}
+OWN = ('digits', 'shapes')  # sources that need no files
 NAMES = sorted(path.stem for path in (ROOT / 'configs').glob('*.py'))
 
 
@@ -41,8 +42,9 @@ def shrunk(config, folder):
   config.train.steps, config.train.batch, config.log.samples, config.mesh = 2, 8, 0, 'data=1'
   config.sample.count = config.sample.batch = 4
   config.evaluate.count = config.evaluate.batch = 8
+  config.data.count, config.data.holdout = 40, 10
   config.evaluate.transforms = config.evaluate.transforms[-1:]
-  if config.data.source != 'digits':
+  if config.data.source not in OWN:
     config.data.source, config.data.holdout = 'folder', 16
     config.data.path = pictures(folder, config.data.size, config.data.channels)
   return config
@@ -61,7 +63,7 @@ def test_config_is_sound_at_full_size(name, tmp_path):
   """Everything that it names is built, and its network and sampler are traced; nothing is compiled. A published network
   has its published size (see tests/networks/test_unet.py; a null class more)."""
   config = load(name)
-  if config.data.source != 'digits':
+  if config.data.source not in OWN:
     config.data.source, config.data.holdout = 'folder', 16
     config.data.path = pictures(tmp_path / 'images', config.data.size, config.data.channels)
   this = open_run(config, tmp_path / 'run', read=True)

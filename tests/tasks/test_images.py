@@ -169,7 +169,7 @@ def test_features_keep_the_mean_of_any_size(size):
 
 def test_a_copy_of_the_held_out_data_scores_as_they_do(digits):
   test = images.load(config().data).test
-  scores = digits.metrics(test.images, {'label': test.labels})
+  scores = digits.metrics(test.images, list(map(str, test.labels)))
   pairs = {name: value for name, value in scores.items() if isinstance(value, dict)}
   assert set(pairs) == {'frechet_distance', 'kernel_distance', 'nearest_training_distance_median', 'svm_accuracy'}
   for name, pair in pairs.items():
@@ -181,7 +181,7 @@ def test_a_copy_of_the_held_out_data_scores_as_they_do(digits):
 def test_bad_samples_score_badly(digits):
   rng = np.random.default_rng(0)
   noise = rng.integers(0, 256, (100, 8, 8, 1), np.uint8)
-  scores = digits.metrics(noise, {'label': rng.integers(0, 10, 100)})
+  scores = digits.metrics(noise, list(map(str, rng.integers(0, 10, 100))))
   assert scores['count_of_distances'] == 100
   for name in ('frechet_distance', 'kernel_distance', 'nearest_training_distance_median'):
     assert scores[name]['samples'] > 2 * scores[name]['held_out'], name
@@ -192,14 +192,14 @@ def test_copies_of_the_training_data_are_seen(digits):
   train = images.load(config().data).train
   copies = train.images[np.random.default_rng(0).permutation(1500)[:400]]
   whole = make_task(config(evaluate__reference=1500), True)
-  scores = whole.metrics(copies, {'label': np.zeros(400, int)})
+  scores = whole.metrics(copies, ['0'] * 400)
   assert scores['nearest_training_distance_median']['samples'] < 1e-6
   assert scores['nearest_training_distance_median']['held_out'] > 0.5
 
 
 def test_scores_without_classes_have_no_accuracy(tmp_path):
   task = make_task(config(**folder(tmp_path, 10) | {'holdout': 5, 'classes': 0}), True)
-  scores = task.metrics(np.zeros((4, 4, 4, 3), np.uint8), None)
+  scores = task.metrics(np.zeros((4, 4, 4, 3), np.uint8), [''] * 4)
   assert 'svm_accuracy' not in scores and scores['training_images'] == 15
 
 
@@ -240,7 +240,7 @@ def test_skipped_held_out_files_are_counted(tmp_path):
   images.load(config(**fields).data).test.paths[0].write_bytes(b'')
   task = make_task(config(**fields, bad_files='skip'), True)
   with pytest.warns(UserWarning, match='cannot be read'):
-    task.metrics(np.zeros((4, *task.shape), np.uint8), task.context(np.arange(4)))
+    task.metrics(np.zeros((4, *task.shape), np.uint8), task.titles(np.arange(4)))
   assert task.skipped() == 1
 
 

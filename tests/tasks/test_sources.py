@@ -50,7 +50,7 @@ def examples(splits):
 
 def one(path, mode):
   """The pixels of a single file."""
-  return sources.Files([path], [0], as_it_is, mode, False)[0]['x']
+  return sources.Files([path], [{}], as_it_is, mode, False)[0]['x']
 
 
 # Folders
