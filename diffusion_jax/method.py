@@ -37,13 +37,17 @@ from diffusion_jax.core.targets import Target
 from diffusion_jax.core.times import Adaptive, Times
 from diffusion_jax.core.types import Denoiser, Draw, Learned, Network, Schedule, Transform
 from diffusion_jax.core.weights import Weight
-from diffusion_jax.networks import embed, unet
+from diffusion_jax.networks import dit, embed, unet
 from diffusion_jax.tasks.task import Task
 
-NETWORKS = {'UNet': unet.UNet}
+NETWORKS = {'UNet': unet.UNet, 'DiT': dit.DiT}
 SHARDING = {'UNet': (('(conv_1|norm_2|time)/', 'tensor(-1) | fsdp()'),  # of a residual block: the first convolution makes
                      ('conv_2/kernel', 'tensor(-2) | fsdp()'),  # a part of the channels, which the second one sums over
-                     ('.*', 'fsdp()'))}
+                     ('.*', 'fsdp()')),
+            'DiT': (('(query|key|value|mlp_in)/kernel', 'tensor(-1) | fsdp()'),  # whole heads, and a part of the perceptron,
+                    ('(query|key|value|mlp_in)/bias', 'tensor(-1)'),
+                    ('(mix|mlp_out)/kernel', 'tensor(-2) | fsdp()'),  # which these sum over
+                    ('.*', 'fsdp()'))}
 SCHEDULES = {**rows(schedules, Schedule), **rows(schedules, Learned), **rows(betas, Schedule), **rows(betas, betas.Betas)}
 SOLVERS = {**rows(solvers, Solver), **rows(singlestep, Solver), **rows(multistep, Solver), **rows(correctors, Solver)}
 TRANSFORMS = {**rows(guidance, Transform), **rows(constraints, Transform)}
