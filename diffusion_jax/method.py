@@ -44,7 +44,7 @@ NETWORKS = {'UNet': unet.UNet, 'DiT': dit.DiT}
 SHARDING = {'UNet': (('(conv_1|norm_2|time)/', 'tensor(-1) | fsdp()'),  # of a residual block: the first convolution makes
                      ('conv_2/kernel', 'tensor(-2) | fsdp()'),  # a part of the channels, which the second one sums over
                      ('.*', 'fsdp()')),
-            'DiT': (('(query|key|value|mlp_in)/kernel', 'tensor(-1) | fsdp()'),  # whole heads, and a part of the perceptron,
+            'DiT': (('(query|key|value|mlp_in)/kernel', 'tensor(-1) | fsdp()'),  # whole heads, a part of the perceptron,
                     ('(query|key|value|mlp_in)/bias', 'tensor(-1)'),
                     ('(mix|mlp_out)/kernel', 'tensor(-2) | fsdp()'),  # which these sum over
                     ('.*', 'fsdp()'))}
