@@ -37,14 +37,18 @@ from diffusion_jax.core.targets import Target
 from diffusion_jax.core.times import Adaptive, Times
 from diffusion_jax.core.types import Denoiser, Draw, Learned, Network, Schedule, Transform
 from diffusion_jax.core.weights import Weight
-from diffusion_jax.networks import embed, text, unet
+from diffusion_jax.networks import dit, embed, text, unet
 from diffusion_jax.tasks.task import Task
 
-NETWORKS = {'UNet': unet.UNet}
+NETWORKS = {'UNet': unet.UNet, 'DiT': dit.DiT}
 ENCODERS = {'CLIPText': text.CLIPText, 'T5Encoder': text.T5Encoder}
 SHARDING = {'UNet': (('(conv_1|norm_2|time)/', 'tensor(-1) | fsdp()'),  # of a residual block: the first convolution makes
                      ('conv_2/kernel', 'tensor(-2) | fsdp()'),  # a part of the channels, which the second one sums over
-                     ('.*', 'fsdp()'))}
+                     ('.*', 'fsdp()')),
+            'DiT': (('(query|key|value|mlp_in)/kernel', 'tensor(-1) | fsdp()'),  # whole heads, a part of the perceptron,
+                    ('(query|key|value|mlp_in)/bias', 'tensor(-1)'),
+                    ('(mix|mlp_out)/kernel', 'tensor(-2) | fsdp()'),  # which these sum over
+                    ('.*', 'fsdp()'))}
 SCHEDULES = {**rows(schedules, Schedule), **rows(schedules, Learned), **rows(betas, Schedule), **rows(betas, betas.Betas)}
 SOLVERS = {**rows(solvers, Solver), **rows(singlestep, Solver), **rows(multistep, Solver), **rows(correctors, Solver)}
 GRIDS = rows(grids, grids.Grid)
@@ -93,8 +97,8 @@ def make_method(config: ConfigDict, task: Task) -> Method:
   def network(params, dropout_keys=None) -> Network:
     def call(x, feature, cond):
       if 'drop' in (cond or {}) and not (drops and task.null):
-        raise ValueError('Guidance needs a network that was trained with dropped conditions: this one is conditioned on '
-                         f'{sorted(task.null or {})} and has config.train.drop={config.train.drop}. Leave guide(...) out of '
+        raise ValueError('Guidance needs a network that was trained with dropped conditions: this one has the conditions '
+                         f'{sorted(task.null or {})} and config.train.drop={config.train.drop}. Leave guide(...) out of '
                          'the transform, or train with config.train.drop=0.1.')
       return net.apply({'params': params['params']}, x, feature, _with_nulls(cond, task.null), dropout_keys)
     return call

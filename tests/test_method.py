@@ -1,12 +1,20 @@
 """What a config makes of the mathematics: losses, learned parts, adaptive times, and the sentences for bad input."""
+import re
+
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from jax import numpy as jnp
 
 from diffusion_jax import method as methods
+from diffusion_jax.build import build
 from diffusion_jax.core.types import Draw
 from diffusion_jax.jobs import train
+from diffusion_jax.networks.embed import Conditioning
+from diffusion_jax.runtime import hlo
+from diffusion_jax.runtime.mesh import make_mesh, replicated, shard_bytes
+from diffusion_jax.runtime.sharding import shardings
 from diffusion_jax.tasks.task import make_task
 from tests.jobs.runs import tiny, trained_state
 
@@ -169,3 +177,37 @@ def rising():
   """A schedule that goes back towards the data half way."""
   way = lambda t: jnp.sin(jnp.pi * jnp.minimum(t, 1 - t))
   return lambda t: (1 - way(t), way(t))
+
+
+@pytest.mark.parametrize('network', ['UNet(channels=64, multipliers=(1,), blocks=1, attention=(False,))',
+                                     'DiT(width=192, depth=8, heads=6, attend="joint", scan=True)'])
+def test_every_rule_of_sharding_finds_a_parameter_and_can_be_applied(network):
+  """And of a mixed mesh every device holds a quarter of most parameters, and half of the others."""
+  config = tiny(network=network)
+  rules, mesh = methods.default_sharding(config), make_mesh('data=2,fsdp=2,tensor=2')
+  backbone = build(config.network, methods.NETWORKS)
+  args = jnp.zeros((1, 8, 8, 3)), jnp.zeros(1), Conditioning(sequence=jnp.zeros((1, 5, 6)))
+  params = jax.eval_shape(backbone.init, jax.random.key(0), *args)
+  used = {next(pattern for pattern, _ in rules if re.search(pattern, name)) for name in flatten_dict(params, sep='/')}
+  assert used == {pattern for pattern, _ in rules}
+  places = shardings(params, rules, mesh)
+  held = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), params, places)
+  assert shard_bytes(held) < sum(4 * leaf.size for leaf in jax.tree.leaves(params)) * 3 / 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('attend, reductions', [('none', 4), ('cross', 6), ('joint', 6)])
+def test_a_transformer_is_cut_into_whole_heads(attend, reductions):
+  """Attention moves nothing between the devices of 'tensor': forward, two blocks add up the parts of what attends and of
+  the perceptron (arXiv:1909.08053, fig. 4), 'joint' of both streams but in the last block, and nothing is gathered."""
+  mesh = make_mesh('tensor=2')
+  net = methods.NETWORKS['DiT'](width=32, depth=2, heads=4, attend=attend)
+  sequence = None if attend == 'none' else jnp.zeros((1, 5, 6))
+  args = jnp.zeros((1, 8, 8, 3)), jnp.zeros(1), Conditioning(sequence=sequence)
+  params = jax.eval_shape(net.init, jax.random.key(0), *args)
+  places = shardings(params, methods.SHARDING['DiT'], mesh), replicated(mesh)
+  text = jax.jit(lambda params, args: net.apply(params, *args), in_shardings=places, out_shardings=replicated(mesh)).lower(
+      params, args).compile().as_text()
+  found = [each for body in hlo.computations(text).values() for each in body if each.opcode in hlo.COLLECTIVES]
+  assert {each.opcode for each in found} == {'all-reduce'}
+  assert sum(each.shapes.count('[') for each in found) == reductions  # one may add up several arrays

@@ -3,15 +3,43 @@
 Products are computed in dtype; norms, softmax and every sum, also those of the backward pass, in wide(dtype).
 """
 import zlib
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 from einops import rearrange
 from flax import linen as nn
+from jax import lax
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Key
 
 fan_avg = nn.initializers.variance_scaling(1.0, 'fan_avg', 'uniform')
+REMAT = {'none': None, 'block': jax.checkpoint_policies.nothing_saveable,
+         'products': lambda primitive, *_, **fields: primitive == lax.conv_general_dilated_p or (
+             jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *_, **fields))}
+LEGAL = {'remat': tuple(REMAT), 'dtype': ('bfloat16', 'float32', 'float64'), 'param_dtype': ('float32', 'float64')}
+
+
+def check_fields(net: nn.Module, x: Array, **legal: tuple[str, ...]) -> None:
+  """Raise ValueError where a field of a backbone has none of its legal values, float64 is off, or x has other axes."""
+  name = type(net).__name__
+  for field, values in {**legal, **LEGAL}.items():
+    if getattr(net, field) not in values:
+      raise ValueError(f'{name} got {field}={getattr(net, field)!r}; it knows {values}.')
+  if 'float64' in (net.dtype, net.param_dtype) and not jax.config.jax_enable_x64:
+    raise ValueError(f'{name} got dtype={net.dtype!r}, param_dtype={net.param_dtype!r}; float64 needs JAX_ENABLE_X64=1.')
+  if x.ndim != net.axes + 2:
+    raise ValueError(f'{name} with axes={net.axes} needs x of {net.axes + 2} axes, [batch, *space, channels]; '
+                     f'got shape {x.shape}.')
+
+
+def per_axis(net: nn.Module, field: str) -> tuple[int, ...]:
+  """A field that is one number an axis, or one for all, as the former. Raises ValueError where their count is another."""
+  sizes = getattr(net, field)
+  if isinstance(sizes, Sequence) and len(sizes) != net.axes:
+    raise ValueError(f'{type(net).__name__} got {field}={tuple(sizes)} for {net.axes} axes: give one number an axis, or '
+                     'one for all.')
+  return tuple(sizes) if isinstance(sizes, Sequence) else (sizes,) * net.axes
 
 
 def wide(dtype: str | jnp.dtype) -> jnp.dtype:

@@ -5,31 +5,26 @@ from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from flax import linen as nn
-from jax import lax
 from jax import numpy as jnp
 
 from diffusion_jax.networks.embed import Conditioning
 from diffusion_jax.networks.layers import (
+  REMAT,
   Attention,
   Dropout,
   GroupNorm,
   average_pool,
+  check_fields,
   fan_avg,
+  per_axis,
   place_of,
   sinusoid,
   upsample,
   wide,
   wide_bias,
 )
-
-REMAT = {'none': None, 'block': jax.checkpoint_policies.nothing_saveable,
-         'products': lambda primitive, *_, **fields: primitive == lax.conv_general_dilated_p or (
-             jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *_, **fields))}
-LEGAL = {'modulation': ('add', 'scale_shift'), 'resample': ('conv', 'block'), 'remat': tuple(REMAT),
-         'dtype': ('bfloat16', 'float32', 'float64'), 'param_dtype': ('float32', 'float64')}
 
 
 class ResBlock(nn.Module):
@@ -190,8 +185,8 @@ class UNet(nn.Module):
   def _stage(self, stage, h, taken, shared):
     """The result of a stage, and a list of it if it is kept."""
     if stage.resample and self.resample == 'conv':
-      h = upsample(h, self._each('stride')) if stage.resample == 'up' else h
-      strides = self._each('stride') if stage.resample == 'down' else 1
+      h = upsample(h, per_axis(self, 'stride')) if stage.resample == 'up' else h
+      strides = per_axis(self, 'stride') if stage.resample == 'down' else 1
       h = self._conv(stage.size, stage.name, self.dtype, strides=strides)(h).astype(self.dtype)
     else:
       names = stage.name, stage.attention, f'{stage.attention}_cross'
@@ -214,13 +209,13 @@ class UNet(nn.Module):
     types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
     scale = math.sqrt(0.5) if self.skip_rescale else 1.0
     attend = lambda name: wrap(Attention)(self.head_channels, self.groups, scale, parent=parent, name=name, **types)
-    return (wrap(ResBlock)(stage.size, self.axes, self._each('kernel'), self._each('stride'), stage.resample,
+    return (wrap(ResBlock)(stage.size, self.axes, per_axis(self, 'kernel'), per_axis(self, 'stride'), stage.resample,
                            self.modulation, self.dropout, scale, self.groups, parent=parent, name=names[0], **types),
             attend(names[1]) if stage.attention else None,
             attend(names[2]) if stage.attention and shared[1].sequence is not None else None)
 
   def _conv(self, size, name, dtype, init=fan_avg, strides=1):
-    return nn.Conv(size, self._each('kernel'), strides, kernel_init=init, dtype=dtype, param_dtype=self.param_dtype,
+    return nn.Conv(size, per_axis(self, 'kernel'), strides, kernel_init=init, dtype=dtype, param_dtype=self.param_dtype,
                    promote_dtype=wide_bias, name=name)
 
   def _time(self, feature, vector):
@@ -232,29 +227,13 @@ class UNet(nn.Module):
     time = dense('time_1')(nn.silu(dense('time_0')(time)))
     return time if vector is None else time + vector.astype(dtype)
 
-  def _each(self, name):
-    """The field `name`, kernel or stride, as one number an axis."""
-    sizes = getattr(self, name)
-    return sizes if isinstance(sizes, Sequence) else (sizes,) * self.axes
-
   def _check(self, x):
     """Raise ValueError if fields contradict each other or x."""
-    for name, legal in LEGAL.items():
-      if getattr(self, name) not in legal:
-        raise ValueError(f'UNet got {name}={getattr(self, name)!r}; it knows {legal}.')
-    if 'float64' in (self.dtype, self.param_dtype) and not jax.config.jax_enable_x64:
-      raise ValueError(f'UNet got dtype={self.dtype!r}, param_dtype={self.param_dtype!r}; float64 needs JAX_ENABLE_X64=1.')
+    check_fields(self, x, modulation=('add', 'scale_shift'), resample=('conv', 'block'))
     if len(self.attention) != len(self.multipliers):
       raise ValueError(f'UNet has {len(self.multipliers)} levels, multipliers={tuple(self.multipliers)}, but attention='
                        f'{tuple(self.attention)} speaks of {len(self.attention)}: give one truth value a level.')
-    if x.ndim != self.axes + 2:
-      raise ValueError(f'UNet with axes={self.axes} needs x of {self.axes + 2} axes, [batch, *space, channels]; '
-                       f'got shape {x.shape}.')
-    for name in ('kernel', 'stride'):
-      sizes = getattr(self, name)
-      if isinstance(sizes, Sequence) and len(sizes) != self.axes:
-        raise ValueError(f'UNet got {name}={tuple(sizes)} for {self.axes} axes: give one number an axis, or one for all.')
-    factor = tuple(each ** (len(self.multipliers) - 1) for each in self._each('stride'))
+    factor = tuple(each ** (len(self.multipliers) - 1) for each in per_axis(self, 'stride'))
     if any(size % each for size, each in zip(x.shape[1:-1], factor, strict=True)):
       raise ValueError(f'UNet with {len(self.multipliers)} levels needs sizes divisible by {factor}; got '
                        f'{x.shape[1:-1]}. Resize or pad the data, or give fewer multipliers.')

@@ -16,7 +16,9 @@ from diffusion_jax.method import SHARDING
 ROOT = Path(__file__).parents[2]
 NETWORK = 'UNet(channels=8, multipliers=(1,), blocks=1, attention=(False,), dropout=0.1)'
 # The rules of method.SHARDING for small parameters: of all with 64 entries or more every device holds a part.
-RULES = tuple((pattern, text.replace('fsdp()', 'fsdp(64)')) for pattern, text in SHARDING['UNet'])
+SMALL = {name: tuple((pattern, text.replace('fsdp()', 'fsdp(64)')) for pattern, text in rules)
+         for name, rules in SHARDING.items()}
+RULES = SMALL['UNet']
 FIELDS = {'network': NETWORK, 'grid': 'uniform(4)', 'train.steps': 4, 'train.batch': 16, 'train.ema': (0.9, 0.99),
           'optimizer.warmup': 2, 'checkpoint.every': 2, 'log.every': 1, 'sample.count': 0, 'sample.batch': 16,
           'evaluate.count': 0, 'mesh': 'data=2'}

@@ -7,19 +7,20 @@ import pytest
 from diffusion_jax import run as runs
 from diffusion_jax.jobs import train
 from diffusion_jax.runtime import mesh as meshes
-from tests.jobs.runs import RULES, losses, tiny, trained_state
+from tests.jobs.runs import RULES, SMALL, losses, tiny, trained_state
 
 NETWORK = 'UNet(channels=8, multipliers=(1,), blocks=1, attention=(True,), dropout=0.1, modulation="scale_shift", {})'
 WAYS = [('data=2,fsdp=2,tensor=2', 2), ('data=8', 1), ('fsdp=8', 1), ('tensor=8', 1), ('data=4,tensor=2', 1),
         ('data=2,fsdp=4', 1), ('data=1', 16), ('data=4', 4)]
 FEW = [pytest.param(*way, marks=[pytest.mark.slow] if i else []) for i, way in enumerate(WAYS)]
+TRANSFORMER = 'DiT(width=16, depth=3, heads=8, mlp=2, dropout=0.1, qk_norm=True, scan=True, {})'
 STEPS = 50
 
 
-def curve(folder, mesh, parts, dtype):
+def curve(folder, mesh, parts, dtype, network=NETWORK, rules=RULES):
   """(losses of STEPS steps, gradients of the first), by the program that trains, from parameters none of which is zero."""
-  config = tiny(mesh=mesh, train__accumulate=parts, sharding=RULES, train__steps=STEPS, optimizer__clip=0.0,
-                data__size=(4, 4), network=NETWORK.format(f'dtype="{dtype}", param_dtype="{dtype}"'))
+  config = tiny(mesh=mesh, train__accumulate=parts, sharding=rules, train__steps=STEPS, optimizer__clip=0.0,
+                data__size=(4, 4), network=network.format(f'dtype="{dtype}", param_dtype="{dtype}"'))
   run = runs.open_run(config, folder, read=True)
   rng = np.random.default_rng(0)
   state = runs.new_state(run)
@@ -57,6 +58,16 @@ def test_a_mesh_and_parts_do_not_change_training(one, tmp_path, mesh, parts):
     assert np.linalg.norm(a - b) <= near * np.linalg.norm(b) > 0
   if dtype == 'float64':
     np.testing.assert_allclose(found, expected, rtol=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('mesh, parts', [('data=2,fsdp=2,tensor=2', 2), ('fsdp=8', 1), ('tensor=8', 1)])
+def test_a_mesh_and_parts_do_not_change_the_training_of_a_transformer(tmp_path, x64, mesh, parts):
+  (expected, gradients), (found, ours) = (curve(tmp_path / name, name, count, 'float64', TRANSFORMER, SMALL['DiT'])
+                                          for name, count in (('data=1', 1), (mesh, parts)))
+  for a, b in zip(ours, gradients, strict=True):
+    assert np.linalg.norm(a - b) <= 1e-12 * np.linalg.norm(b) > 0
+  np.testing.assert_allclose(found, expected, rtol=1e-9)
 
 
 MIXED = 'data=2,fsdp=2,tensor=2'

@@ -185,8 +185,8 @@ def layers(this):
       lost = 1 if 'down' in name and name.endswith('resample') else 2
       places = [3 * size - lost for size in places[1:]]
     found[name] = 2 * math.prod(places) * kernel[-2] * kernel[-1]
-    if name.endswith('qkv'):  # queries by keys, and weights by values
-      found[f'{name} attention'] = 2 * 2 * math.prod(places)**2 * kernel[-1] // 3
+    if name.endswith(('qkv', 'query')):  # queries by keys, and weights by values
+      found[f'{name} attention'] = 2 * 2 * math.prod(places)**2 * kernel[-1] // (3 if name.endswith('qkv') else 1)
   return found
 
 
@@ -204,6 +204,11 @@ def traced_step(this):
                                               for name in ('cifar10', 'fashion_mnist', 'folder'))])
 def test_flops_by_shapes_are_those_of_the_layers(name):
   this = opened(load(name))
+  assert total(products(traced_step(this).jaxpr)) == analytic(this)
+
+
+def test_flops_of_a_transformer_by_shapes_are_those_of_the_layers():
+  this = opened(config(network='DiT(width=32, depth=1, heads=4)'))
   assert total(products(traced_step(this).jaxpr)) == analytic(this)
 
 
