@@ -1,8 +1,9 @@
 """python -m diffusion_jax.main --config=configs/digits.py --workdir=runs/digits [--mode=MODE]
 
 train trains, then samples and evaluates; typed again, it goes on where it stopped. sample and evaluate work from the
-workdir alone. plan compiles a config for slices of TPUs, --topology=v5e:2x4,v5e:16x16, on a machine without one.
-benchmark times the training step and the sampler here. --config.any.field=value overrides a field.
+workdir alone; sample with --prompt="two red rings" and other flags of options.py makes the pictures that are asked for.
+plan compiles a config for slices of TPUs, --topology=v5e:2x4,v5e:16x16, on a machine without one. benchmark times the
+training step and the sampler here. --config.any.field=value overrides a field.
 """
 import errno
 import importlib
@@ -14,12 +15,15 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from diffusion_jax import options
+
 flags.DEFINE_enum('mode', 'train', ('train', 'sample', 'evaluate', 'plan', 'benchmark'), 'What to do.')
 flags.DEFINE_string('workdir', None, 'The folder that holds all of a run.', required=True)
 flags.DEFINE_string('topology', None, 'Slices of TPUs to plan for: v5e:2x4 or, several, v5e:2x4,v5e:16x16.')
 flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0, where no cluster is detected that says so.')
 flags.DEFINE_integer('processes', None, 'How many processes the job has; 1: this one, whatever is detected.')
 flags.DEFINE_integer('process', None, 'The number of this process, from 0.')
+options.define()
 config_flags.DEFINE_config_file('config', None, 'A file of configs/; without it that of the workdir.', lock_config=True)
 
 
@@ -47,11 +51,14 @@ def main(_: list[str]) -> None:
              'gets its name by renaming its folder.')
   if values.topology is not None and values.mode != 'plan':
     sys.exit(f'ERROR: --topology is for --mode=plan; the mode is {values.mode}.')
-  words = (values.topology,) if values.mode == 'plan' else ()
   from diffusion_jax.runtime import processes  # late, as the job: --help shall not wait for JAX
   try:
+    asked = options.given(values)
+    if asked and values.mode != 'sample':
+      raise ValueError(f'--{next(iter(asked))} is for --mode=sample; the mode is {values.mode}.')
+    words = {'plan': (values.topology,), 'sample': (asked,) if asked else ()}.get(values.mode, ())
     processes.start(values.coordinator, values.processes, values.process)
-    job = importlib.import_module(f'diffusion_jax.jobs.{values.mode}')
+    job = importlib.import_module(f'diffusion_jax.jobs.{"generate" if asked else values.mode}')
     sys.exit(job.run(values.config, workdir, *words))
   except (ValueError, RuntimeError, FloatingPointError) as error:
     # What this package raises is a sentence for the user; what others raise needs its traceback.

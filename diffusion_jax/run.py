@@ -27,15 +27,6 @@ from diffusion_jax.runtime.workdir import check_resumable, load_config
 from diffusion_jax.tasks.task import Task, make_task
 
 START = 4  # what of a sample's key is for the noise of an image from which it starts
-INPAINT = {
-  'replace': constraints.replace,
-  'dps': lambda image, known, std, scale=1.0: constraints.dps(lambda x0: jnp.where(known, x0, 0),
-                                                              jnp.where(known, image, 0), std, scale),
-  'pigdm': lambda image, known, std=0.0, data_std=1.0: constraints.pigdm(lambda x0: jnp.where(known, x0, 0),
-                                                                         jnp.where(known, image, 0), std, data_std)}
-"""How samples are made to have the known entries of an image: (image, known, the arguments of its call) -> Transform."""
-
-
 class Run(NamedTuple):
   """A config, checked and brought to life; `config` has every field resolved."""
   config: ConfigDict
@@ -189,26 +180,34 @@ def trained_process(run: Run, state: State) -> Gaussian:
   return run.method.process(jax.tree.map(meshes.gather, params))
 
 
-def sampling_program(run: Run, transform: str, keep: bool = False, strength: float = 1.0,
+def sampling_program(run: Run, transform: str, keep: bool = False, strength: float | None = None,
                      inpaint: str = 'replace()') -> Callable:
   """(params, extra, index [B], cond, ...) -> samples, or, to keep the way, (xts, x0 estimates): a pure function.
 
-  The noise of a sample follows from config.sample.seed and its number in `index`. It may be given images x0 [B, ...] too,
-  from which it starts, noised to the time `strength` if that is below 1; and after these `known`, bool, which of their
-  entries the samples are to have, by a row of INPAINT.
+  The noise of a sample follows from `seed`, config.sample.seed unless given, and its number in `index`. It may be given
+  images x0 [B, ...] too, from which it starts, noised to the time `strength`, and not from pure noise if that is below 1;
+  and `known`, bool, which of their entries the samples are to have, by one of `_given`.
   """
   parts = make_sampling(run.config, transform)
   walk = sampling.trajectory if keep else sampling.sample
-  def program(params, extra, index, cond, image=None, known=None):
-    keys, process, start = example_keys(jax.random.key(run.config.sample.seed), index), run.method.process(params), None
+  def program(params, extra, index, cond, seed=None, image=None, known=None):
+    key = jax.random.key(run.config.sample.seed if seed is None else seed)
+    keys, process, start = example_keys(key, index), run.method.process(params), None
     denoiser, grid = parts.transform(run.method.denoiser(params, extra)), parts.grid
     if known is not None:
-      denoiser = build(inpaint, {name: partial(row, image, known) for name, row in INPAINT.items()})(denoiser)
-    if strength < 1:
+      denoiser = build(inpaint, _given(image, known))(denoiser)
+    if strength is not None and strength < 1:
       grid = np.array([strength, *grid[grid < strength]])
       start, _ = process.corrupt(fold(keys, START), image, process.level(strength))
     return walk(keys, process, parts.solver, denoiser, grid, run.task.shape, cond, start)
   return program
+
+
+def _given(image: jax.Array, known: jax.Array) -> dict[str, Callable]:
+  """The rows of constraints.py by which samples are made to have the known entries of an image."""
+  see = lambda x0: jnp.where(known, x0, 0)
+  return {'replace': lambda: constraints.replace(image, known), 'ddnm': lambda: constraints.ddnm(see, see(image)),
+          'dps': partial(constraints.dps, see, see(image)), 'pigdm': partial(constraints.pigdm, see, see(image))}
 
 
 def check_sampling(run: Run, transform: str) -> None:

@@ -12,7 +12,7 @@ FILES = {path.relative_to(ROOT).with_suffix('').parts: path for path in sorted(R
 MODULES = {parts: path for parts, path in FILES.items() if parts[-1] != '__init__'}
 # A part may import the parts before its own line; those of one line do not know each other.
 ORDER = [{'build', 'core'}, {'networks', 'metrics', 'runtime'}, {'pretrained'}, {'tasks'}, {'method'},
-         {'run', 'pictures'}, {'jobs'}, {'main'}]
+         {'run', 'pictures', 'options'}, {'generate'}, {'jobs'}, {'main'}]
 RANK = {part: rank for rank, line in enumerate(ORDER) for part in line}
 CORE = ['types', 'schedules', 'betas', 'processes', 'tokens', 'targets', 'times', 'grids', 'weights', 'losses', 'bounds',
         'guidance', 'constraints', 'ode', 'solvers', 'singlestep', 'multistep', 'correctors', 'unmasking', 'sampling',

@@ -1,0 +1,225 @@
+"""Pictures that are asked for: the same in any list and on any mesh, from an image, within a mask, and again."""
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion_jax import generate as module
+from diffusion_jax import run as runs
+from diffusion_jax.core.types import Level
+from diffusion_jax.generate import again, load, read_settings
+from diffusion_jax.jobs import generate as job
+from diffusion_jax.jobs import train
+from diffusion_jax.runtime import products
+from diffusion_jax.runtime.workdir import load_complete
+from diffusion_jax.tasks.shapes import Shapes
+from tests.jobs.runs import tiny
+from tests.test_readme import blocks
+
+PROMPTS = ['two red rings at the top', 'a blue square', 'three white crosses', '', 'green triangles on the left']
+IMAGE = Shapes(1, 16, 0, unseen=False)[0]['x']
+MASK = np.zeros((16, 16), bool)
+MASK[4:10, 5:12] = True
+
+
+@pytest.fixture(scope='module')
+def workdir(tmp_path_factory):
+  """A run on shapes of two steps, and its samples."""
+  folder = tmp_path_factory.mktemp('shapes') / 'run'
+  config = tiny(task='captions', data__source='shapes', data__size=(16, 16), data__channels=3, data__count=40,
+                data__holdout=8, text__encoder='CLIPText(width=16, layers=1, heads=2)', text__length=32, train__steps=2,
+                sample__count=4, sample__batch=8, transform='guide(2.0) | clip(1.0)', mesh='data=1')
+  assert train.run(config, folder) == 0
+  return folder
+
+
+@pytest.fixture(scope='module', autouse=True)
+def noisy_weights():
+  """Weights that are noise, so that everything makes a difference."""
+  def trained(this):
+    state, rng = runs.trained(this), np.random.default_rng(0)
+    return state._replace(ema=jax.tree.map(lambda leaf: leaf + rng.normal(0, 0.2, leaf.shape).astype(leaf.dtype), state.ema))
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(module, 'trained', trained)
+    yield
+
+
+@pytest.fixture(scope='module')
+def generate(workdir):
+  return load(workdir)
+
+
+def near(a, b):
+  """Within 1 / 255."""
+  return np.abs(a.pixels.astype(int) - b.pixels).max() <= 1
+
+
+def test_a_picture_is_the_same_alone_and_in_a_list_and_on_eight_devices(generate, workdir):
+  listed = generate(PROMPTS, count=2, seed=3)
+  assert [each.settings['prompt'] for each in listed] == [text for text in PROMPTS for _ in range(2)]
+  alone, = generate(PROMPTS[2:3], first=1, seed=3)
+  assert near(alone, listed[5]) and not near(listed[4], listed[5]) and not near(listed[3], listed[5])
+  config = load_complete(workdir)
+  config.mesh = 'data=8'
+  assert all(map(near, load(workdir, config)(PROMPTS, count=2, seed=3), listed))
+  assert not near(generate(PROMPTS[2:3], first=1, seed=4)[0], alone)
+
+
+def test_a_picture_can_be_made_again_from_itself(generate, tmp_path):
+  fields = dict(negative='red', guidance=1.5, seed=2, steps=3, solver='ancestral()', image=IMAGE, mask=MASK, strength=0.9)
+  _, picture = generate(PROMPTS[:2], **fields)
+  path = picture.save(tmp_path / 'a' / 'picture.png')
+  np.testing.assert_array_equal(np.asarray(Image.open(path)), picture.pixels)
+  remade = again(path)
+  np.testing.assert_array_equal(remade.pixels, picture.pixels)
+  assert remade.settings == {**picture.settings, 'outpaint': (0, 0, 0, 0)}
+  assert read_settings(path)['transform'] == 'guide(1.5) | clip(1.0)' and read_settings(path)['grid'] == 'uniform(3)'
+
+
+def test_fifty_guided_steps_are_fifty_calls_of_the_network(workdir):
+  """By the FLOPs of the traced program: each step is one call of both branches, and there is nothing else."""
+  config = load_complete(workdir)
+  config.grid, config.sample.batch = 'uniform(50)', 4
+  this = runs.open_run(config, workdir, read=False)
+  params, extra = jax.eval_shape(this.method.init, jax.random.key(0))
+  cond = jax.eval_shape(lambda: jax.tree.map(lambda leaf: np.repeat(leaf[None], 8, 0), this.task.null))
+  x, level = jax.ShapeDtypeStruct((8, 16, 16, 3), np.float32), Level(*[jax.ShapeDtypeStruct((), np.float32)] * 3)
+  denoise = lambda params, *of: this.method.denoiser(params, extra)(*of)
+  call = jax.jit(denoise).trace(params, x, level, cond)
+  flops = lambda traced: products.total(list(products.products(traced.jaxpr)))
+  assert flops(runs.trace_sampler(this)) == 50 * flops(call) > 0
+
+
+def test_strength_is_where_it_starts(generate):
+  plain, = generate([PROMPTS[0]], seed=1)
+  kept, some, free = (generate([PROMPTS[0]], seed=1, image=IMAGE, strength=strength)[0] for strength in (0.0, 0.01, 1.0))
+  np.testing.assert_array_equal(kept.pixels, IMAGE)
+  np.testing.assert_array_equal(free.pixels, plain.pixels)
+  assert 0 < np.abs(some.pixels.astype(int) - IMAGE).mean() < 10 < np.abs(free.pixels.astype(int) - IMAGE).mean()
+
+
+def test_what_is_outside_of_the_mask_stays_and_what_is_inside_is_not_seen(generate):
+  plain, = generate([PROMPTS[0]], image=IMAGE, mask=MASK)
+  assert np.abs(plain.pixels.astype(int) - IMAGE)[~MASK].max() <= 1
+  other, = generate([PROMPTS[0]], image=np.where(MASK[..., None], 255 - IMAGE, IMAGE), mask=MASK)
+  np.testing.assert_array_equal(other.pixels, plain.pixels)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('fields', [{'solver': 'ancestral()', 'strength': 0.8}, {'inpaint': 'ddnm()', 'solver': 'heun()'}])
+def test_any_solver_holds_what_is_known(generate, fields):
+  plain, = generate([PROMPTS[0]], image=IMAGE, mask=MASK, **fields)
+  assert np.abs(plain.pixels.astype(int) - IMAGE)[~MASK].max() <= 1
+
+
+@pytest.mark.slow
+def test_a_measurement_pulls_towards_the_known(generate):
+  """dps, which does not replace, is nearer to the known pixels than a sample that does not know them."""
+  apart = lambda picture: np.abs(picture.pixels.astype(int) - IMAGE)[~MASK].mean()
+  plain, = generate([PROMPTS[0]], solver='ancestral()')
+  pulled, = generate([PROMPTS[0]], solver='ancestral()', image=IMAGE, mask=MASK, inpaint='dps(0.5)')
+  assert apart(pulled) < 0.9 * apart(plain)
+
+
+def test_outpainting_keeps_the_picture_on_a_larger_canvas(generate):
+  picture, = generate([PROMPTS[1]], image=IMAGE, outpaint=(4, 0, 2, 6))
+  assert picture.pixels.shape == (22, 22, 3)
+  assert np.abs(picture.pixels[:16, 4:20].astype(int) - IMAGE).max() <= 1
+  assert picture.pixels[16:].std() > 0
+
+
+def test_a_negative_and_a_scale_change_the_picture(generate):
+  plain, same, away, far = (generate([PROMPTS[0]], **fields)[0] for fields in (
+    {}, {'guidance': 2.0}, {'negative': 'a blue square'}, {'guidance': 1.0}))
+  np.testing.assert_array_equal(plain.pixels, same.pixels)  # the run's own
+  assert not near(plain, away) and not near(plain, far)
+
+
+def test_the_empty_prompt_is_the_null(generate):
+  null, empty = generate([PROMPTS[0]], guidance=0.0)[0], generate([''])[0]
+  assert near(null, empty)
+
+
+def test_the_job_writes_a_picture_each_and_a_sheet(workdir, tmp_path, capsys):
+  (tmp_path / 'prompts.txt').write_text('two red rings\n\na blue square\n')
+  asked = {'prompts': str(tmp_path / 'prompts.txt'), 'guidance': (1.0, 2.0), 'count': 2, 'out': str(tmp_path / 'out')}
+  assert job.run(load_complete(workdir), workdir, asked) == 0
+  names = sorted(path.name for path in (tmp_path / 'out').iterdir())
+  assert names == [*(f'{i:04d}.png' for i in range(8)), 'sheet.png'] and 'sheet.png' in capsys.readouterr().out
+  assert np.asarray(Image.open(tmp_path / 'out' / 'sheet.png')).shape == (2 * 34, 4 * 34, 3)
+  said = [read_settings(tmp_path / 'out' / f'{i:04d}.png') for i in range(8)]
+  assert [(each['prompt'], each['transform'], each['number']) for each in said] == [
+    (prompt, f'guide({scale}) | clip(1.0)', number) for prompt in ('two red rings', 'a blue square')
+    for scale in (1.0, 2.0) for number in (0, 1)]
+  assert job.run(load_complete(workdir), workdir, {'again': str(tmp_path / 'out' / '0003.png'), 'out': str(tmp_path)}) == 0
+  np.testing.assert_array_equal(*(np.asarray(Image.open(path)) for path in (
+    tmp_path / '0003_again.png', tmp_path / 'out' / '0003.png')))
+
+
+@pytest.mark.parametrize('prompts, fields, sentence', [
+  ([], {}, 'There are no prompts'),
+  ([''], {'count': 0}, 'count is 0 and first 0; legal are 1 or more'),
+  ([''], {'first': -1}, 'first -1'),
+  ([''], {'image': IMAGE, 'strength': 1.5}, 'strength is 1.5; legal is from 0'),
+  ([''], {'strength': 0.5}, 'strength is for an image, and there is none: type --image=picture.png'),
+  ([''], {'mask': MASK}, 'mask is for an image'),
+  ([''], {'outpaint': (0, 4, 0, 0)}, 'outpaint is for an image'),
+  ([''], {'image': IMAGE}, 'What is to become of the image? Type --strength=0.6'),
+  ([''], {'image': IMAGE, 'mask': MASK[:8]}, 'The mask has 8x16 pixels and the image 16x16'),
+  ([''], {'image': IMAGE[..., :1], 'strength': 0.5}, 'The image has 1 channels; this run has 3'),
+  ([''], {'image': IMAGE, 'outpaint': (0, -4, 0, 0)}, 'four numbers of pixels: left, top, right, bottom'),
+  ([''], {'image': IMAGE, 'outpaint': (4, 4)}, 'four numbers of pixels'),
+  ([''], {'image': IMAGE, 'mask': MASK, 'inpaint': 'replce()'}, "'replce' is unknown. Did you mean 'replace'"),
+  ([''], {'steps': 0}, 'steps is 0'),
+  ([''], {'seed': -1}, 'seed is -1; legal are 0 to 4294967295'),
+  ([''], {'guidance': float('nan')}, 'guidance is nan'),
+  ([''], {'solver': 'eulr()'}, "'eulr' is unknown. Did you mean 'euler'"),
+])
+def test_bad_input_gets_a_sentence(generate, prompts, fields, sentence):
+  with pytest.raises(ValueError) as error:
+    generate(prompts, **fields)
+  assert sentence in str(error.value)
+
+
+def test_a_run_without_guidance_says_what_to_type(workdir):
+  config = load_complete(workdir)
+  config.transform = 'clip(1.0)'
+  generate = load(workdir, config)
+  with pytest.raises(ValueError, match="has no weight to set: type --config.transform='guide"):
+    generate([''], guidance=2.0)
+  with pytest.raises(ValueError, match='A negative prompt needs guidance'):
+    generate([''], negative='red')
+
+
+@pytest.mark.parametrize('asked, sentence', [
+  ({'prompt': 'a', 'prompts': 'b'}, 'Both --prompt and --prompts are given'),
+  ({'prompts': 'nowhere.txt'}, '--prompts=nowhere.txt is not a file'),
+  ({'prompts': 'empty.txt'}, 'holds no prompts'),
+  ({'image': 'nowhere.png', 'strength': 0.5}, 'The picture nowhere.png cannot be read'),
+  ({'again': 'plain.png'}, 'plain.png holds no settings'),
+  ({'again': 'plain.png', 'count': 3}, '--again takes all from the PNG; leave --count out'),
+])
+def test_bad_files_get_a_sentence(workdir, tmp_path, monkeypatch, asked, sentence):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'empty.txt').write_text('\n \n')
+  Image.fromarray(IMAGE).save('plain.png')
+  with pytest.raises(ValueError) as error:
+    job.run(load_complete(workdir), workdir, asked)
+  assert sentence in str(error.value)
+
+
+def test_a_run_that_went_on_makes_another_picture(generate, workdir, tmp_path):
+  picture, = generate([PROMPTS[0]])
+  path = picture._replace(settings={**picture.settings, 'step': 1}).save(tmp_path / 'old.png')
+  with pytest.raises(ValueError, match='was made at step 1; the run in .* is at step 2, and makes another'):
+    again(path)
+
+
+def test_the_readme_s_three_lines(workdir, tmp_path, monkeypatch, generate):
+  block, = (block for block in blocks() if 'diffusion_jax.generate' in block)
+  (tmp_path / 'runs').mkdir()
+  (tmp_path / 'runs' / 'shapes').symlink_to(workdir)
+  monkeypatch.chdir(tmp_path)
+  exec(block, {})
+  picture, = generate(['two red rings at the top'], guidance=3.0)
+  np.testing.assert_array_equal(np.asarray(Image.open('rings.png')), picture.pixels)
