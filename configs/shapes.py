@@ -22,7 +22,9 @@ def get_config():
   config.text.encoder = 'CLIPText(width=64, layers=2, heads=4)'
   config.text.length = 10
   config.text.vocabulary = 384
-  config.train.steps = 2000
+  config.times = 'shift(stratified(), 2.5)'  # where the places and numbers of things are decided
+  config.grid = 'shift(uniform(50), 2.5)'
+  config.train.steps = 2200
   config.train.batch = 64
   config.train.ema = (0.995,)
   config.optimizer.rate = 2e-3

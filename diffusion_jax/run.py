@@ -61,7 +61,7 @@ def open_run(config: ConfigDict, workdir: Path, read: bool, devices: Sequence[ja
   if config.train.nonfinite_most < 0:
     raise ValueError(f'config.train.nonfinite_most is {config.train.nonfinite_most}; it must be 0 or more.')
   config = config.copy_and_resolve_references()
-  if not read and config.data.classes == -1:
+  if not read and config.task == 'images' and config.data.classes == -1:
     config.data.classes = load_config(workdir).data.classes  # what the data had
   task = make_task(config, read, workdir)
   config.data.classes = task.classes
@@ -79,6 +79,13 @@ def open_run(config: ConfigDict, workdir: Path, read: bool, devices: Sequence[ja
   for transform in {config.transform, *config.evaluate.transforms}:
     check_sampling(run, transform)
   return run
+
+
+def check_classes(config: ConfigDict, workdir: Path, what: str) -> None:
+  """Raise ValueError where `what` does not read the data, and nothing else says how many classes they have."""
+  if config.task == 'images' and config.data.classes == -1 and not (workdir / 'config.json').exists():
+    raise ValueError(f'config.data.classes is -1, as many as the data have, and {what}: type --config.data.classes=10, or '
+                     '0 for none.')
 
 
 def _check_shares(batch: int, devices: int, parts: int) -> None:

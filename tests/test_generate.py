@@ -38,7 +38,8 @@ def noisy_weights():
   """Weights that are noise, so that everything makes a difference."""
   def trained(this):
     state, rng = runs.trained(this), np.random.default_rng(0)
-    return state._replace(ema=jax.tree.map(lambda leaf: leaf + rng.normal(0, 0.2, leaf.shape).astype(leaf.dtype), state.ema))
+    noisy = lambda leaf: leaf + rng.normal(0, 0.2, leaf.shape).astype(leaf.dtype)
+    return state._replace(ema=jax.tree.map(noisy, state.ema))
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(module, 'trained', trained)
     yield

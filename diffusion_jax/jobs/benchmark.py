@@ -13,7 +13,17 @@ from ml_collections import ConfigDict
 
 from diffusion_jax.build import build
 from diffusion_jax.method import NETWORKS
-from diffusion_jax.run import Run, batch_shapes, chosen_params, new_state, open_run, shared, trace_sampler, trace_step
+from diffusion_jax.run import (
+  Run,
+  batch_shapes,
+  check_classes,
+  chosen_params,
+  new_state,
+  open_run,
+  shared,
+  trace_sampler,
+  trace_step,
+)
 from diffusion_jax.runtime import input as inputs
 from diffusion_jax.runtime import mesh as meshes
 from diffusion_jax.runtime import products
@@ -31,9 +41,8 @@ def run(config: ConfigDict, workdir: Path) -> int:
   if b.seconds <= 0 or b.repeats < 1:
     raise ValueError(f'config.benchmark.seconds is {b.seconds} and config.benchmark.repeats {b.repeats}; legal are more '
                      'than 0, and 1 or more.')
-  if not b.real and config.data.classes == -1 and not (workdir / 'config.json').exists():
-    raise ValueError('config.data.classes is -1, as many as the data have, and without real input they are not read: type '
-                     '--config.data.classes=10, or 0 for none.')
+  if not b.real:
+    check_classes(config, workdir, 'without real input they are not read')
   this = open_run(config, workdir, read=b.real)
   dtype = jnp.dtype(build(config.network, NETWORKS).dtype)  # of its products
   peak = measured_peak(this, dtype)

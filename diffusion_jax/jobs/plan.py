@@ -11,7 +11,17 @@ from ml_collections import ConfigDict
 
 from diffusion_jax.core.types import Draw
 from diffusion_jax.method import make_method
-from diffusion_jax.run import Run, batch_shapes, chosen_params, open_run, shared, state_shapes, trace_sampler, trace_step
+from diffusion_jax.run import (
+  Run,
+  batch_shapes,
+  check_classes,
+  chosen_params,
+  open_run,
+  shared,
+  state_shapes,
+  trace_sampler,
+  trace_step,
+)
 from diffusion_jax.runtime import mesh as meshes
 from diffusion_jax.runtime import products, roofline
 from diffusion_jax.runtime.chips import chip
@@ -29,9 +39,7 @@ def run(config: ConfigDict, workdir: Path, topologies: str | None) -> int:
   jax.config.update('jax_enable_compilation_cache', False)  # plans are kept in the workdir, with the time of compiling
   if not topologies:
     raise ValueError('A plan is for slices of TPUs: type --topology=v5e:2x4, or several, --topology=v5e:2x4,v5e:16x16')
-  if config.data.classes == -1 and not (workdir / 'config.json').exists():
-    raise ValueError('config.data.classes is -1, as many as the data have, and a plan does not read them: type '
-                     '--config.data.classes=10, or 0 for none.')
+  check_classes(config, workdir, 'a plan does not read them')
   slices = {name: open_topology(name) for name in topologies.split(',')}
   open_run(config, workdir, False, next(iter(slices.values())))  # an illegal field shows before anything is written
   (workdir / 'plan').mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import numpy as np
 from flax import linen as nn
 from jax import numpy as jnp
-from jaxtyping import Array
 
 from diffusion_jax.networks.embed import Conditioning
 from diffusion_jax.networks.layers import (
@@ -135,9 +134,7 @@ class UNet(nn.Module):
   attention[i] is true; the middle always has it. Between levels the resolution changes by `stride`, by a convolution
   (resample='conv', DDPM) or inside a residual block (resample='block', DDPM++ and ADM). A conditioning vector
   [B, 4 * channels] is added to the time embedding, a sequence is attended to after every self-attention, channels are
-  concatenated to x. skip_rescale multiplies residual sums by 1 / sqrt(2). With `coordinates` so are the places of the
-  entries, from -1 to 1 along each axis (arXiv:1807.03247); else a network of convolutions knows them by its padding
-  alone.
+  concatenated to x. skip_rescale multiplies residual sums by 1 / sqrt(2).
 
   Parameters are kept in param_dtype, products computed in dtype, but for the time embedding and the first and last
   convolution, which are computed as sums are, in float32 (float64 for float64). remat says what is kept for the backward
@@ -160,7 +157,6 @@ class UNet(nn.Module):
   dropout: float = 0.0
   groups: int = 32
   frequency_shift: int = 0
-  coordinates: bool = False
   remat: str = 'none'
   scan: bool = False
   dtype: str = 'float32'
@@ -177,8 +173,6 @@ class UNet(nn.Module):
     shared = self._time(feature, conditioning.vector), conditioning, keys
     if conditioning.channels is not None:
       x = jnp.concatenate([x, conditioning.channels.astype(x.dtype)], -1)
-    if self.coordinates:
-      x = jnp.concatenate([x, coordinates(x)], -1)
     h = self._conv(self.channels, 'in', wide(self.dtype))(x).astype(self.dtype)
     stages, skips = plan(self.channels, self.multipliers, self.blocks, self.attention), [h]
     for run in equal_runs(stages, self.channels) if self.scan else [[stage] for stage in stages]:
@@ -243,10 +237,3 @@ class UNet(nn.Module):
     if any(size % each for size, each in zip(x.shape[1:-1], factor, strict=True)):
       raise ValueError(f'UNet with {len(self.multipliers)} levels needs sizes divisible by {factor}; got '
                        f'{x.shape[1:-1]}. Resize or pad the data, or give fewer multipliers.')
-
-
-def coordinates(x: Array) -> Array:
-  """The place of every entry of x [B, *space, C] along each axis of space, from -1 to 1: [B, *space, axes]."""
-  places = [np.linspace(-1, 1, size, dtype=np.float32) for size in x.shape[1:-1]]
-  grid = np.stack(np.meshgrid(*places, indexing='ij'), -1)
-  return jnp.broadcast_to(grid, (len(x), *grid.shape)).astype(x.dtype)
