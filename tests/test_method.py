@@ -101,6 +101,7 @@ def test_uncertainty_starts_as_the_plain_loss_and_then_divides_it():
   np.testing.assert_allclose(metrics['plain_loss'], plain.mean(), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_resume_is_exact_with_all_that_a_method_keeps(tmp_path):
   fields = {'times': 'importance(4, 1)', 'uncertainty': 'uncertainty(8)'}
   train.run(tiny(**fields), tmp_path / 'whole')

@@ -50,8 +50,8 @@ def shrunk(config, folder):
   return config
 
 
-@pytest.mark.parametrize('name', [pytest.param(name, marks=[] if name == 'digits' else pytest.mark.slow)
-                                  for name in NAMES])
+@pytest.mark.slow  # test_train.py and test_generate.py train a small run of each task
+@pytest.mark.parametrize('name', NAMES)
 def test_config_trains_saves_restores_and_samples(name, tmp_path):
   assert train.run(shrunk(load(name), tmp_path / 'images'), tmp_path / 'run') == 0
   assert sample.run(load_config(tmp_path / 'run'), tmp_path / 'run') == 0
