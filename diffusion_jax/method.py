@@ -41,7 +41,6 @@ from diffusion_jax.networks import dit, embed, text, unet
 from diffusion_jax.tasks.task import Task
 
 NETWORKS = {'UNet': unet.UNet, 'DiT': dit.DiT}
-ENCODERS = {'CLIPText': text.CLIPText, 'T5Encoder': text.T5Encoder}
 SHARDING = {'UNet': (('(conv_1|norm_2|time)/', 'tensor(-1) | fsdp()'),  # of a residual block: the first convolution makes
                      ('conv_2/kernel', 'tensor(-2) | fsdp()'),  # a part of the channels, which the second one sums over
                      ('.*', 'fsdp()')),
@@ -149,10 +148,10 @@ def make_network(config: ConfigDict, task: Task) -> nn.Module:
 
 
 def make_encoder(config: ConfigDict) -> nn.Module:
-  """The text encoder of config.text."""
-  numbers = {'vocabulary': config.text.vocabulary, 'length': config.text.length}
-  own = lambda maker: {name: numbers[name] for name in numbers.keys() & maker.__dataclass_fields__.keys()}
-  return _build(config, 'text.encoder', {name: partial(maker, **own(maker)) for name, maker in ENCODERS.items()})
+  """The text encoder of config.text.encoder, which takes as many tokens as config.text says."""
+  sizes = config.text.vocabulary, config.text.length
+  return _build(config, 'text.encoder', {'CLIPText': partial(text.CLIPText, *sizes),
+                                         'T5Encoder': partial(text.T5Encoder, sizes[0])})
 
 
 def _drops(config: ConfigDict, names: list[str], keys: jax.Array) -> dict[str, jax.Array]:

@@ -21,6 +21,8 @@ from tests.jobs.runs import tiny, trained_state
 HYBRID = {'schedule': 'discrete(linear_betas(50, 0.002, 0.4))', 'target': 'learned_variance(noise())', 'space': 'noise()',
           'loss': 'hybrid(50)', 'times': 'discrete(50)'}
 VDM = {'schedule': 'monotone(16)', 'loss': 'bound(softmax(256), high=None)'}
+SHAPES = {'task': 'captions', 'data.source': 'shapes', 'data.size': (16, 16), 'data.channels': 3, 'data.count': 40,
+          'text.encoder': 'CLIPText(width=16, layers=1, heads=2)', 'text.length': 32}
 BATCH = 16
 
 
@@ -102,8 +104,8 @@ def test_uncertainty_starts_as_the_plain_loss_and_then_divides_it():
 
 
 @pytest.mark.slow
-def test_resume_is_exact_with_all_that_a_method_keeps(tmp_path):
-  fields = {'times': 'importance(4, 1)', 'uncertainty': 'uncertainty(8)'}
+@pytest.mark.parametrize('fields', [{'times': 'importance(4, 1)', 'uncertainty': 'uncertainty(8)'}, SHAPES])
+def test_resume_is_exact_with_all_that_a_method_keeps(tmp_path, fields):
   train.run(tiny(**fields), tmp_path / 'whole')
   train.run(tiny(**fields, train__steps=2), tmp_path / 'halves')
   train.run(tiny(**fields), tmp_path / 'halves')
@@ -186,6 +188,7 @@ def test_every_rule_of_sharding_finds_a_parameter_and_can_be_applied(network):
   """And of a mixed mesh every device holds a quarter of most parameters, and half of the others."""
   config = tiny(network=network)
   rules, mesh = methods.default_sharding(config), make_mesh('data=2,fsdp=2,tensor=2')
+  assert set(methods.SHARDING) == {'UNet', 'DiT'}
   backbone = build(config.network, methods.NETWORKS)
   args = jnp.zeros((1, 8, 8, 3)), jnp.zeros(1), Conditioning(sequence=jnp.zeros((1, 5, 6)))
   params = jax.eval_shape(backbone.init, jax.random.key(0), *args)

@@ -44,11 +44,12 @@ def write(this: Run, state: State) -> Path:
     samples = draw(this, make_sampler(this, transform), state, c.evaluate.count, c.evaluate.batch)
     scores = this.task.metrics(samples, this.task.titles(np.arange(c.evaluate.count)))
     results.append({**provenance(this, state, c.evaluate.count, transform), **scores})
+    show = lambda value: f'{"-":>10}' if value is None else f'{value:10.4f}'
     pairs = {name: value for name, value in scores.items() if isinstance(value, dict)}
     say(f'\nScores of {c.evaluate.count} samples, {transform}, {c.solver} on {c.grid}, EMA {results[-1]["ema"]}, seed '
         f'{c.sample.seed}')
     table({'': f'{"samples":>10} {"held out":>10}',
-           **{name: f'{value["samples"]:10.4f} {value["held_out"]:10.4f}' for name, value in pairs.items()}})
+           **{name: f'{value["samples"]:10.4f} {show(value["held_out"])}' for name, value in pairs.items()}})
   bits = bits_per_entry(this, state) if c.evaluate.bits else None
   path = this.workdir / 'results.json'
   if jax.process_index() == 0:

@@ -55,7 +55,7 @@ def sheet(this: Run, samples: np.ndarray) -> np.ndarray:
   """All samples in one picture, a row for all of one thing, such as a class; where there are few of each, rows of ten."""
   titles = this.task.titles(np.arange(len(samples)))
   kinds = list(dict.fromkeys(titles))
-  if not 1 < len(kinds) <= len(samples) / 4:
+  if not 1 < len(kinds) <= len(samples) / 2:
     return this.task.render(samples, min(10, len(samples)))
   order = np.argsort([kinds.index(title) for title in titles], kind='stable')
   return this.task.render(samples[order], -(-len(samples) // len(kinds)))

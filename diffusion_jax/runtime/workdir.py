@@ -13,8 +13,8 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-RESUMABLE = ('train.steps', 'log.', 'checkpoint.', 'sample.', 'evaluate.', 'benchmark.', 'solver', 'grid', 'transform',
-             'mesh', 'sharding', 'train.accumulate')
+RESUMABLE = ('train.steps', 'text.long', 'log.', 'checkpoint.', 'sample.', 'evaluate.', 'benchmark.', 'solver', 'grid',
+             'transform', 'mesh', 'sharding', 'train.accumulate')
 """Fields, or beginnings of their names, in which a run may differ from the one that it continues."""
 
 PACKAGES = ('diffusion_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'tensorflow-datasets',

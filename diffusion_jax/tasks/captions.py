@@ -29,19 +29,26 @@ def make_task(config: ConfigDict, read: bool, workdir: Path) -> Task:
   held_out = splits.test.prompts if read else stored(workdir, PROMPTS, ('',))
   prompts = list(wanted.prompts) or held_out
   def encode(texts, long='cut'):
-    tokens, mask = tokenizer.encode(texts, text.length, long) if tokenizer else blank(len(texts), text.length)
+    try:
+      tokens, mask = tokenizer.encode(texts, text.length, long) if tokenizer else blank(len(texts), text.length)
+    except ValueError as error:
+      raise ValueError(f'config.text.length is {text.length} and config.text.long {text.long!r}: {error}') from error
     return {'tokens': tokens, 'mask': mask}
   ask = lambda texts: {'text': encode(texts, text.long)}
   titles = lambda index: [prompts[i % len(prompts)] for i in index]
-  known = Captions(encode(splits.train.texts, text.long), splits.train.texts) if read else None
+  # What is sampled is encoded now, so that a text that is too long is said, or refused if it was typed, before all else.
+  asked, avoided = {'text': encode(prompts, text.long if wanted.prompts else 'cut')}, ask([wanted.negative])
+  known = Captions(encode(splits.train.texts), splits.train.texts) if read else None
   def context(index):
-    negative = {'negative': ask([wanted.negative] * len(index))} if wanted.negative else {}
-    return {**ask(titles(index)), **negative}
+    rows = lambda cond, numbers: jax.tree.map(lambda leaf: leaf[numbers], cond)
+    negative = {'negative': rows(avoided, np.zeros_like(index))} if wanted.negative else {}
+    return {**rows(asked, index % len(prompts)), **negative}
   null = jax.tree.map(lambda leaf: leaf[0], {'text': encode([''])})
   shape = (*data.size, data.channels)
   def save(folder):
     (folder / 'text').mkdir(exist_ok=True)
-    tokenizer.save(folder / TOKENIZER)
+    if not (folder / TOKENIZER).exists():  # else it is the one that was read from there
+      tokenizer.save(folder / TOKENIZER)
     write_json(folder / PROMPTS, held_out)
   return Task(
       shape=shape,
@@ -84,6 +91,9 @@ def load(config: ConfigDict) -> sources.Splits:
   """Open the data set that config.data.source names; its first example is read, so that a contradiction shows at once."""
   data, fit = config.data, images.fit_of(config.data)
   if data.source == 'shapes':
+    if data.flip:
+      raise ValueError('config.data.flip is True, but a mirrored shape is on the other side than its caption says: type '
+                       '--config.data.flip=False')
     if data.size[0] != data.size[1] or data.channels != 3:
       raise ValueError(f'Shapes are drawn on coloured squares; config.data.size is {data.size}, config.data.channels '
                        f'{data.channels}: type (16, 16) and 3.')
@@ -109,7 +119,10 @@ def find_tokenizer(text: ConfigDict, workdir: Path, splits: sources.Splits | Non
   if there.exists() or text.tokenizer:
     tokenizer = tokenizers.load(there if there.exists() else text.tokenizer)
   elif splits:
-    tokenizer = tokenizers.train(splits.train.texts, text.vocabulary)
+    try:
+      tokenizer = tokenizers.train(splits.train.texts, text.vocabulary)
+    except ValueError as error:
+      raise ValueError(f'config.text.vocabulary: {error}') from error
   elif (workdir / 'config.json').exists():
     raise ValueError(f'{there} does not exist: it was written when the run began. Type the command of its training again.')
   else:

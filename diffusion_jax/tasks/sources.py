@@ -163,7 +163,9 @@ def captioned_folder(path: str, column: str, holdout: int, fit: Fit, mode: str, 
   if not table.exists():
     raise ValueError(f'{root} has no metadata.csv; images with captions need one, with the columns file_name,{column}.')
   found = {}
-  for path, text in zip(*_listed(table, column, needed=True), strict=True):
+  for number, (path, text) in enumerate(zip(*_listed(table, column, needed=True), strict=True), 1):
+    if not text.strip():
+      raise ValueError(f'Row {number} of {table} has no {column}: give every row one.')
     found.setdefault(path, []).append(text)
   return Splits(*_split(list(found), [{'captions': texts} for texts in found.values()], holdout, fit, mode, skip), 0)
 
@@ -179,7 +181,10 @@ def captioned_tfds(name: str, path: str, train: str, test: str, feature: str, fi
         raise ValueError(f'{name} has no feature {feature!r} (config.data.caption): it has '
                          f'{sorted(builder.info.features)}.')
       example = example[each]
-    return [text.decode() for text in np.ravel(example)]
+    found = [text.decode() for text in np.ravel(example) if isinstance(text, bytes)]
+    if not found:
+      raise ValueError(f'An example of {name} has no text in {feature!r} (config.data.caption).')
+    return found
   about = lambda example: {'captions': texts(example)}
   without = {'image': decode.SkipDecoding()}
   splits = [Prepared(builder.as_data_source(split=split), fit, name, about) for split in (train, test)]

@@ -40,6 +40,9 @@ def make_task(config: ConfigDict, read: bool, workdir: Path = Path()) -> Task:
     return captions.make_task(config, read, workdir)
   if config.task != 'images':
     raise ValueError(f"config.task is {config.task!r}; legal are 'images' and 'captions'.")
+  if config.sample.prompts or config.sample.negative:
+    raise ValueError(f'config.sample.prompts is {config.sample.prompts} and config.sample.negative '
+                     f"{config.sample.negative!r}; they are for captions. Leave them empty, or type --config.task=captions")
   return images.make_task(config.data, config.evaluate.reference, config.seed, config.sample.labels, read)
 
 

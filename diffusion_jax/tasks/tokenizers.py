@@ -8,6 +8,8 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from diffusion_jax.runtime.workdir import write_text
+
 PADDING, START, END = '<pad>', '<start>', '<end>'
 LONG = ('cut', 'refuse')
 
@@ -52,7 +54,7 @@ class Tokenizer(NamedTuple):
 
   def save(self, path: str | Path) -> None:
     """Write a tokenizer.json, from which `load` makes this tokenizer again."""
-    self.core.save(str(path))
+    write_text(Path(path), self.core.to_str(pretty=True))
 
   def _rows(self, texts):
     try:
