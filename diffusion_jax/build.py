@@ -96,7 +96,9 @@ def _example(names: dict[str, Callable]) -> str:
 def with_argument(text: str, name: str, value: Any, names: dict[str, Callable]) -> str | None:
   """The text with argument `name` of a call set to a value: of the first call, arguments before what takes them, whose
   function has it. None where none has."""
-  tree = ast.parse(text, mode='eval')
+  if not text.strip():
+    return None
+  tree = ast.parse(text.strip(), mode='eval')
   for call in _calls(tree.body):
     parameters = list(inspect.signature(_find(ast.unparse(call.func), text, names)).parameters)
     if name in parameters:

@@ -26,6 +26,7 @@ from diffusion_jax.runtime.workdir import commit, load_complete
 from diffusion_jax.tasks import images, sources
 
 ABOUT = 'diffusion_jax'  # the name of the settings in a PNG
+KEPT = 'negative', 'strength', 'source', 'outpaint', 'inpaint', 'seed'  # of the request, in the settings of each picture
 
 
 class Request(NamedTuple):
@@ -33,21 +34,23 @@ class Request(NamedTuple):
 
   A picture's noise follows from `seed` and its number, from `first` on, among those of its prompt; so it is the same
   alone and in any list of prompts. `image`, uint8 [H, W, C], is noised to time `strength` and sampled from there: 0 gives
-  it back, 1 is free of it. With `mask` [H, W], bool, only what is True may change; `outpaint` adds pixels on the
-  left, top, right and bottom, which may too; the rest is held by `inpaint`: 'replace()', 'ddnm()', 'dps(0.1)' or
-  'pigdm()' of constraints.py. What is None is as the run has it.
+  it back, 1 is free of it. Where `source` says what it shows, it is led there by the inverse of DDIM in place of noise, so
+  that the source as a prompt gives it back, and another changes what they differ in. With `mask` [H, W], bool, only what
+  is True may change; `outpaint` adds pixels on the left, top, right and bottom, which may too; the rest is held by
+  `inpaint`: 'replace()', 'ddnm()', 'dps(0.1)' or 'pigdm()' of constraints.py. What is None is as the run has it.
   """
   prompts: Sequence[str] = ('',)
-  negative: str = ''
+  negative: str | None = None
   guidance: float | None = None
   image: np.ndarray | None = None
   strength: float | None = None
+  source: str | None = None
   mask: np.ndarray | None = None
   outpaint: tuple[int, int, int, int] = (0, 0, 0, 0)
   inpaint: str = 'replace()'
   count: int = 1
   first: int = 0
-  seed: int = 0
+  seed: int | None = None
   steps: int | None = None
   solver: str | None = None
 
@@ -75,11 +78,13 @@ def load(workdir: str | Path, config: ConfigDict | None = None) -> Callable[...,
   this = open_run(config or load_complete(workdir), workdir, read=False)
   state = trained(this)
   @cache
-  def program(config_json: str, shape: tuple[int, ...], strength: float, inpaint: str):
-    run = this._replace(config=ConfigDict(json.loads(config_json)), task=this.task._replace(shape=shape))
-    return jax.jit(sampling_program(run, run.config.transform, strength=strength, inpaint=inpaint))
+  def program(transform: str, grid: str, solver: str, shape: tuple[int, ...], strength: float | None, inpaint: str):
+    config = this.config.copy_and_resolve_references()
+    config.grid, config.solver = grid, solver
+    run = this._replace(config=config, task=this.task._replace(shape=shape))
+    return jax.jit(sampling_program(run, transform, strength=strength, inpaint=inpaint))
   def generate(prompts: Sequence[str] = ('',), **fields) -> list[Picture]:
-    request = Request(tuple(prompts), **fields)
+    request = completed(Request(prompts, **fields), this.config)
     check(request, this)
     config = configured(this.config, request)
     canvas, known = on_canvas(request)
@@ -89,7 +94,7 @@ def load(workdir: str | Path, config: ConfigDict | None = None) -> Callable[...,
     if request.strength == 0:
       return [Picture(canvas, each) for each in about]
     shape = this.task.shape if canvas is None else canvas.shape
-    run = program(config.to_json_best_effort(), shape, request.strength, request.inpaint)
+    run = program(config.transform, config.grid, config.solver, shape, request.strength, request.inpaint)
     pictures = draw(this, run, state, request, [each['prompt'] for each in about], canvas, known)
     return [Picture(*each) for each in zip(pictures, about, strict=True)]
   return generate
@@ -107,17 +112,30 @@ def draw(this: Run, program: Callable, state, request: Request, prompts: list[st
       cond = {**cond, 'negative': this.task.ask([request.negative] * batch)}
     number = (request.first + rows % request.count).astype(np.int32)
     every = lambda array: np.broadcast_to(array[None], (batch, *array.shape)).copy()
-    edit = [] if canvas is None else [every(np.asarray(images.encode(canvas)))]
-    edit += [] if known is None else [every(known[..., None])]
+    edit = {} if canvas is None else {'image': every(np.asarray(images.encode(canvas)))}
+    edit |= {} if known is None else {'known': every(known[..., None])}
+    edit |= {} if request.source is None else {'source': this.task.ask([request.source] * batch)}
     with jax.transfer_guard('disallow'):
-      inputs = meshes.place((number, cond, edit), this.mesh)
-      samples = meshes.gather(program(chosen_params(this, state), state.extra, *inputs[:2], seed, *inputs[2]))
+      number, cond, edit = meshes.place((number, cond, edit), this.mesh)
+      samples = meshes.gather(program(chosen_params(this, state), state.extra, number, cond, seed, **edit))
     parts.append(this.task.decode(samples))
   return np.concatenate(parts)[:total]
 
 
+def completed(request: Request, config: ConfigDict) -> Request:
+  """The request with the run's own negative and seed where it gives none."""
+  own = {'negative': config.sample.negative, 'seed': config.sample.seed}
+  return request._replace(**{name: value for name, value in own.items() if getattr(request, name) is None})
+
+
 def check(request: Request, this: Run) -> None:
   """Raise ValueError, with a sentence, where a field is illegal."""
+  if isinstance(request.prompts, str):
+    raise ValueError(f'prompts is {request.prompts!r}; it must be a list of texts: [{request.prompts!r}].')
+  for name, array, axes, kind in (('image', request.image, 3, np.uint8), ('mask', request.mask, 2, np.bool_)):
+    if array is not None and (array.ndim != axes or array.dtype != kind):
+      raise ValueError(f'{name} has the shape {array.shape} and the type {array.dtype}; legal are {axes} axes of '
+                       f'{np.dtype(kind)}.')
   if not request.prompts:
     raise ValueError('There are no prompts: type --prompt="...", or a line for each in the file of --prompts.')
   if request.count < 1 or request.first < 0:
@@ -130,16 +148,22 @@ def check(request: Request, this: Run) -> None:
     raise ValueError(f'steps is {request.steps}; it must be 1 or more.')
   if request.guidance is not None and not math.isfinite(request.guidance):
     raise ValueError(f'guidance is {request.guidance}; it must be finite.')
-  if min(request.outpaint) < 0 or len(request.outpaint) != 4:
+  if len(request.outpaint) != 4 or min(request.outpaint) < 0:
     raise ValueError(f'outpaint is {request.outpaint}; legal are four numbers of pixels: left, top, right, bottom.')
-  for name, given in (('strength', request.strength is not None), ('mask', request.mask is not None),
-                      ('outpaint', any(request.outpaint))):
-    if given and request.image is None:
+  if request.source is not None and request.strength in (None, 1):
+    raise ValueError('A source prompt needs a strength below 1, to which the image is led: type --strength=0.8')
+  given = {'strength': request.strength is not None, 'source': request.source is not None,
+           'mask': request.mask is not None, 'outpaint': any(request.outpaint)}
+  for name in given:
+    if given[name] and request.image is None:
       raise ValueError(f'{name} is for an image, and there is none: type --image=picture.png')
   if request.image is not None and request.image.shape[2] != this.task.shape[-1]:
     raise ValueError(f'The image has {request.image.shape[2]} channels; this run has {this.task.shape[-1]}.')
   if request.image is not None and request.strength is None and request.mask is None and not any(request.outpaint):
     raise ValueError('What is to become of the image? Type --strength=0.6, --mask=mask.png or --outpaint=8,0,8,0.')
+  if request.inpaint != 'replace()' and request.mask is None and not any(request.outpaint):
+    raise ValueError(f'inpaint is {request.inpaint!r}, but nothing is to be held: type --mask=mask.png or '
+                     '--outpaint=8,0,8,0.')
   if request.mask is not None and request.mask.shape != request.image.shape[:2]:
     raise ValueError('The mask has {}x{} pixels and the image {}x{}: they must have the same.'.format(
         *request.mask.shape, *request.image.shape[:2]))
@@ -154,9 +178,11 @@ def configured(config: ConfigDict, request: Request) -> ConfigDict:
       raise ValueError(f'config.{field} is {config[field]!r}, which has no {name} to set: type {needs}')
     config[field] = text
   if request.guidance is not None:
-    set_in('transform', 'weight', request.guidance, TRANSFORMS, "--config.transform='guide(3.0) | clip(1.0)'")
-  elif request.negative and with_argument(config.transform, 'weight', 1.0, TRANSFORMS) is None:
-    raise ValueError(f'A negative prompt needs guidance; config.transform is {config.transform!r}: type --guidance=3')
+    set_in('transform', 'weight', float(request.guidance), TRANSFORMS, "--config.transform='guide(3.0) | clip(1.0)'")
+  unguided = with_argument(config.transform, 'weight', 1.0, TRANSFORMS)
+  if request.negative and (unguided in (None, config.transform) or 'negative=' in config.transform):
+    raise ValueError(f'The negative {request.negative!r} would not be seen: config.transform is {config.transform!r}. Type '
+                     "--config.transform='guide(3.0) | clip(1.0)', or a guidance that is not 1.")
   if request.steps is not None:
     set_in('grid', 'steps', request.steps, GRIDS, "--config.grid='uniform(50)'")
   if request.solver is not None:
@@ -180,38 +206,45 @@ def on_canvas(request: Request) -> tuple[np.ndarray | None, np.ndarray | None]:
 
 def describe(request: Request, this: Run, state) -> dict:
   """The settings that all pictures of a request share."""
-  plain = {name: value for name, value in request._asdict().items()
-           if name not in ('prompts', 'image', 'mask', 'count', 'first', 'seed', 'steps', 'solver', 'guidance')}
-  kept = {name: png(value) for name, value in (('image', request.image), ('mask', request.mask)) if value is not None}
+  given = {'image': request.image, 'mask': request.mask}
+  files = {name: png(value) for name, value in given.items() if value is not None}
   about = provenance(this, state, request.count, this.config.transform)
-  return {**plain, **about, **kept, 'seed': request.seed, 'workdir': str(this.workdir), 'commit': commit()}
+  del about['samples']
+  kept = {name: getattr(request, name) for name in KEPT}
+  return {**about, **kept, **files, 'workdir': str(this.workdir), 'commit': commit()}
 
 
-def again(path: str | Path, workdir: str | Path | None = None) -> Picture:
+def again(path: str | Path, workdir: str | Path | None = None, config: ConfigDict | None = None) -> Picture:
   """Make a picture again from the settings that its PNG holds, with the run that it names or that of `workdir`.
 
-  Raises ValueError where the run has been trained on since.
+  Raises ValueError where it comes out otherwise: where the run has been trained on since, or is another.
   """
   settings = read_settings(path)
   workdir = Path(workdir or settings['workdir'])
-  config = load_complete(workdir)
-  config.transform, config.grid, config.sample.ema = settings['transform'], settings['grid'], float(settings['ema'])
+  config = config or load_complete(workdir)
+  for name in ('transform', 'grid', 'solver'):
+    config[name] = settings[name]
+  config.sample.ema = float(settings['ema'])
   unpack = lambda text: sources.to_array(Image.open(BytesIO(b64decode(text))))
   kept = {'image': unpack(settings['image'])} if 'image' in settings else {}
   kept |= {'mask': unpack(settings['mask'])[..., 0] > 0} if 'mask' in settings else {}
-  same = {name: settings[name] for name in ('negative', 'strength', 'inpaint', 'seed', 'solver')}
-  picture, = load(workdir, config)([settings['prompt']], **same, **kept, outpaint=tuple(settings['outpaint']),
-                                   first=settings['number'])
-  if picture.settings['step'] != settings['step']:
-    raise ValueError(f'{path} was made at step {settings["step"]}; the run in {workdir} is at step '
-                     f'{picture.settings["step"]}, and makes another picture.')
+  same = {name: settings[name] for name in KEPT}
+  picture, = load(workdir, config)([settings['prompt']], **same, **kept, first=settings['number'])
+  with Image.open(path) as before:
+    pixels = sources.to_array(before).astype(int)
+  if pixels.shape != picture.pixels.shape or np.abs(pixels - picture.pixels).max() > 1:
+    raise ValueError(f'{path} was made at step {settings["step"]} of the run in {settings["workdir"]}; the run in '
+                     f'{workdir}, at step {picture.settings["step"]}, makes another picture.')
   return picture
 
 
 def read_settings(path: str | Path) -> dict:
   """The settings that a PNG holds. Raises ValueError where it holds none."""
-  with Image.open(path) as picture:
-    text = getattr(picture, 'text', {}).get(ABOUT)
+  try:
+    with Image.open(path) as picture:
+      text = getattr(picture, 'text', {}).get(ABOUT)
+  except (OSError, SyntaxError) as error:
+    raise ValueError(f'The picture {path} cannot be read: {error}.') from error
   if text is None:
     raise ValueError(f'{path} holds no settings: it was not made here, or another program has written it anew.')
   return json.loads(text)

@@ -6,6 +6,7 @@ STRINGS = {
   'prompts': 'A file with a prompt a line, in place of --prompt.',
   'negative': 'What guidance is to lead away from.',
   'image': 'A picture to start from, with --strength, --mask or --outpaint.',
+  'source': 'What --image shows: it is led to --strength by the inverse of DDIM, not noised, and then edited by --prompt.',
   'mask': 'A picture of the size of --image: white is what may change.',
   'inpaint': "How the rest is held: 'replace()', 'dps(0.1)', 'pigdm()'.",
   'solver': 'A row of config.solver.',

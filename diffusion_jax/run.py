@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from diffusion_jax.build import build
-from diffusion_jax.core import constraints, sampling
+from diffusion_jax.core import constraints, sampling, solvers
 from diffusion_jax.core.processes import Gaussian
 from diffusion_jax.core.types import example_keys, fold
 from diffusion_jax.method import Method, default_sharding, make_likelihood, make_method, make_sampling
@@ -193,11 +193,12 @@ def sampling_program(run: Run, transform: str, keep: bool = False, strength: flo
 
   The noise of a sample follows from `seed`, config.sample.seed unless given, and its number in `index`. It may be given
   images x0 [B, ...] too, from which it starts, noised to the time `strength`, and not from pure noise if that is below 1;
-  and `known`, bool, which of their entries the samples are to have, by one of `_given`.
+  `source`, the condition of these images, with which the inverse of DDIM leads there in place of noise; and `known`, bool,
+  which of their entries the samples are to have, by one of `_given`.
   """
   parts = make_sampling(run.config, transform)
   walk = sampling.trajectory if keep else sampling.sample
-  def program(params, extra, index, cond, seed=None, image=None, known=None):
+  def program(params, extra, index, cond, seed=None, image=None, known=None, source=None):
     key = jax.random.key(run.config.sample.seed if seed is None else seed)
     keys, process, start = example_keys(key, index), run.method.process(params), None
     denoiser, grid = parts.transform(run.method.denoiser(params, extra)), parts.grid
@@ -205,7 +206,12 @@ def sampling_program(run: Run, transform: str, keep: bool = False, strength: flo
       denoiser = build(inpaint, _given(image, known))(denoiser)
     if strength is not None and strength < 1:
       grid = np.array([strength, *grid[grid < strength]])
-      start, _ = process.corrupt(fold(keys, START), image, process.level(strength))
+      grid = grid[np.append(True, np.diff(grid) != 0)]  # what is left of a grid that rises may stand still
+      if source is None:
+        start, _ = process.corrupt(fold(keys, START), image, process.level(strength))
+      else:
+        plain = run.method.denoiser(params, extra)
+        start = sampling.sample(keys, process, solvers.ddim_inverse(3), plain, grid[::-1], run.task.shape, source, image)
     return walk(keys, process, parts.solver, denoiser, grid, run.task.shape, cond, start)
   return program
 

@@ -73,7 +73,7 @@ def test_a_picture_can_be_made_again_from_itself(generate, tmp_path):
   np.testing.assert_array_equal(np.asarray(Image.open(path)), picture.pixels)
   remade = again(path)
   np.testing.assert_array_equal(remade.pixels, picture.pixels)
-  assert remade.settings == {**picture.settings, 'outpaint': (0, 0, 0, 0)}
+  assert remade.settings == {**picture.settings, 'outpaint': [0, 0, 0, 0]}
   assert read_settings(path)['transform'] == 'guide(1.5) | clip(1.0)' and read_settings(path)['grid'] == 'uniform(3)'
 
 
@@ -104,6 +104,15 @@ def test_what_is_outside_of_the_mask_stays_and_what_is_inside_is_not_seen(genera
   assert np.abs(plain.pixels.astype(int) - IMAGE)[~MASK].max() <= 1
   other, = generate([PROMPTS[0]], image=np.where(MASK[..., None], 255 - IMAGE, IMAGE), mask=MASK)
   np.testing.assert_array_equal(other.pixels, plain.pixels)
+
+
+def test_inversion_leads_back_and_another_prompt_elsewhere(generate):
+  """What the source prompt gives is the image, but for the error of steps and rounding; noise of that strength is not."""
+  fields = dict(image=IMAGE, strength=0.5, guidance=1.0, steps=8)
+  apart = lambda picture: np.abs(picture.pixels.astype(int) - IMAGE).mean()
+  noised, back, other = (generate([prompt], source=source, **fields)[0] for prompt, source in (
+    (PROMPTS[0], None), (PROMPTS[0], PROMPTS[0]), (PROMPTS[1], PROMPTS[0])))
+  assert apart(back) < 0.2 * apart(noised) and apart(back) < 0.5 * apart(other)
 
 
 @pytest.mark.slow
@@ -159,11 +168,20 @@ def test_the_job_writes_a_picture_each_and_a_sheet(workdir, tmp_path, capsys):
 
 @pytest.mark.parametrize('prompts, fields, sentence', [
   ([], {}, 'There are no prompts'),
+  ('a ring', {}, "prompts is 'a ring'; it must be a list of texts: ['a ring']"),
+  ([''], {'image': IMAGE / 255, 'strength': 0.5}, 'the type float64; legal are 3 axes of uint8'),
+  ([''], {'image': IMAGE[..., 0], 'strength': 0.5}, 'image has the shape (16, 16)'),
+  ([''], {'image': IMAGE, 'mask': MASK.astype(np.uint8)}, 'mask has the shape (16, 16) and the type uint8'),
+  ([''], {'image': IMAGE, 'strength': 0.5, 'inpaint': 'dps(0.1)'}, 'nothing is to be held'),
+  ([''], {'negative': 'red', 'guidance': 1.0}, "The negative 'red' would not be seen"),
+  ([''], {'image': IMAGE, 'outpaint': ()}, 'four numbers of pixels'),
   ([''], {'count': 0}, 'count is 0 and first 0; legal are 1 or more'),
   ([''], {'first': -1}, 'first -1'),
   ([''], {'image': IMAGE, 'strength': 1.5}, 'strength is 1.5; legal is from 0'),
   ([''], {'strength': 0.5}, 'strength is for an image, and there is none: type --image=picture.png'),
   ([''], {'mask': MASK}, 'mask is for an image'),
+  ([''], {'image': IMAGE, 'source': 'a ring'}, 'A source prompt needs a strength below 1'),
+  ([''], {'source': 'a ring', 'strength': 0.5}, 'is for an image, and there is none'),
   ([''], {'outpaint': (0, 4, 0, 0)}, 'outpaint is for an image'),
   ([''], {'image': IMAGE}, 'What is to become of the image? Type --strength=0.6'),
   ([''], {'image': IMAGE, 'mask': MASK[:8]}, 'The mask has 8x16 pixels and the image 16x16'),
@@ -188,7 +206,7 @@ def test_a_run_without_guidance_says_what_to_type(workdir):
   generate = load(workdir, config)
   with pytest.raises(ValueError, match="has no weight to set: type --config.transform='guide"):
     generate([''], guidance=2.0)
-  with pytest.raises(ValueError, match='A negative prompt needs guidance'):
+  with pytest.raises(ValueError, match="The negative 'red' would not be seen: config.transform is 'clip"):
     generate([''], negative='red')
 
 
@@ -198,6 +216,9 @@ def test_a_run_without_guidance_says_what_to_type(workdir):
   ({'prompts': 'empty.txt'}, 'holds no prompts'),
   ({'image': 'nowhere.png', 'strength': 0.5}, 'The picture nowhere.png cannot be read'),
   ({'again': 'plain.png'}, 'plain.png holds no settings'),
+  ({'again': 'nowhere.png'}, 'The picture nowhere.png cannot be read'),
+  ({'again': 'empty.txt'}, 'The picture empty.txt cannot be read'),
+  ({'prompts': 'plain.png'}, 'is no text in UTF-8'),
   ({'again': 'plain.png', 'count': 3}, '--again takes all from the PNG; leave --count out'),
 ])
 def test_bad_files_get_a_sentence(workdir, tmp_path, monkeypatch, asked, sentence):
@@ -211,8 +232,8 @@ def test_bad_files_get_a_sentence(workdir, tmp_path, monkeypatch, asked, sentenc
 
 def test_a_run_that_went_on_makes_another_picture(generate, workdir, tmp_path):
   picture, = generate([PROMPTS[0]])
-  path = picture._replace(settings={**picture.settings, 'step': 1}).save(tmp_path / 'old.png')
-  with pytest.raises(ValueError, match='was made at step 1; the run in .* is at step 2, and makes another'):
+  path = picture._replace(pixels=255 - picture.pixels, settings={**picture.settings, 'step': 1}).save(tmp_path / 'old.png')
+  with pytest.raises(ValueError, match='was made at step 1 of the run in .*, at step 2, makes another picture'):
     again(path)
 
 

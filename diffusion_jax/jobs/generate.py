@@ -25,7 +25,8 @@ def write(config: ConfigDict, workdir: Path, out: str | None = None, again: str 
   if again:
     if asked:
       raise ValueError(f'--again takes all from the PNG; leave --{next(iter(asked))} out.')
-    return [make_again(again, workdir).save(folder / f'{Path(again).stem}_again.png')]
+    picture = make_again(again, workdir, config)
+    return [] if jax.process_index() else [picture.save(folder / f'{Path(again).stem}_again.png')]
   made, columns = generate(config, workdir, **asked)
   if jax.process_index():
     return []
@@ -41,7 +42,7 @@ def generate(config: ConfigDict, workdir: Path, prompt: str | None = None, promp
   """The pictures, and in how many columns to show them: a row a prompt, those of each scale of guidance together."""
   if prompt is not None and prompts is not None:
     raise ValueError('Both --prompt and --prompts are given: type one of them.')
-  texts = read_lines(prompts) if prompts else [prompt or '']
+  texts = read_lines(prompts) if prompts is not None else [prompt or '']
   if image:
     fields['image'] = read_image(image, images.MODES[config.data.channels])
   if mask:
@@ -57,7 +58,10 @@ def read_lines(path: str) -> list[str]:
   """The prompts of a file, one a line. Raises ValueError where there are none."""
   if not Path(path).is_file():
     raise ValueError(f'--prompts={path} is not a file: give one with a prompt a line.')
-  found = [line.strip() for line in Path(path).read_text('utf-8').splitlines() if line.strip()]
+  try:
+    found = [line.strip() for line in Path(path).read_text('utf-8').splitlines() if line.strip()]
+  except UnicodeDecodeError as error:
+    raise ValueError(f'The file {path} is no text in UTF-8: {error}.') from error
   if not found:
     raise ValueError(f'The file {path} holds no prompts: write one a line.')
   return found
@@ -68,5 +72,5 @@ def read_image(path: str, mode: str) -> np.ndarray:
   try:
     with Image.open(path) as picture:
       return sources.pixels(picture, mode)
-  except (OSError, SyntaxError, ValueError) as error:
+  except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
     raise ValueError(f'The picture {path} cannot be read: {error}.') from error
