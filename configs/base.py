@@ -57,6 +57,13 @@ def get_config():
   config.text.tokenizer = ''  # a file of the tokenizers library; '': a byte-level BPE trained on the captions
   config.text.vocabulary = 512  # tokens that there are, at most
 
+  # Conditions that training draws from the images themselves, beside labels and texts
+  config.condition = ConfigDict()
+  # An encoder of reference images, networks/vision.py, whose tokens are attended to beside the text's and as wide:
+  # 'CLIPVision(width=64, layers=2, heads=4, patch=4)'; in training it sees a view of the image itself. '': none.
+  config.condition.reference = ''
+  config.condition.known = False  # the network sees which pixels are known, and them: it is trained to inpaint
+
   # Training
   config.train = ConfigDict()
   config.train.steps = 1000

@@ -24,6 +24,7 @@ from diffusion_jax.run import Run, chosen_params, open_run, provenance, sampling
 from diffusion_jax.runtime import mesh as meshes
 from diffusion_jax.runtime.workdir import commit, load_complete
 from diffusion_jax.tasks import images, sources
+from diffusion_jax.tasks.task import Task
 
 ABOUT = 'diffusion_jax'  # the name of the settings in a PNG
 KEPT = 'negative', 'strength', 'source', 'outpaint', 'inpaint', 'seed'  # of the request, in the settings of each picture
@@ -37,7 +38,8 @@ class Request(NamedTuple):
   it back, 1 is free of it. Where `source` says what it shows, it is led there by the inverse of DDIM in place of noise, so
   that the source as a prompt gives it back, and another changes what they differ in. With `mask` [H, W], bool, only what
   is True may change; `outpaint` adds pixels on the left, top, right and bottom, which may too; the rest is held by
-  `inpaint`: 'replace()', 'ddnm()', 'dps(0.1)' or 'pigdm()' of constraints.py. What is None is as the run has it.
+  `inpaint`: 'replace()', 'ddnm()', 'dps(0.1)' or 'pigdm()' of constraints.py, and shown to a network that was trained for
+  it. `reference`, uint8 [H, W, C], is what the picture is to be like. What is None is as the run has it.
   """
   prompts: Sequence[str] = ('',)
   negative: str | None = None
@@ -48,6 +50,7 @@ class Request(NamedTuple):
   mask: np.ndarray | None = None
   outpaint: tuple[int, int, int, int] = (0, 0, 0, 0)
   inpaint: str = 'replace()'
+  reference: np.ndarray | None = None
   count: int = 1
   first: int = 0
   seed: int | None = None
@@ -86,6 +89,8 @@ def load(workdir: str | Path, config: ConfigDict | None = None) -> Callable[...,
   def generate(prompts: Sequence[str] = ('',), **fields) -> list[Picture]:
     request = completed(Request(prompts, **fields), this.config)
     check(request, this)
+    if request.reference is not None:
+      request = request._replace(reference=images.fit_of(this.config.data)(request.reference, 'The reference'))
     config = configured(this.config, request)
     canvas, known = on_canvas(request)
     settings = describe(request, this._replace(config=config), state)
@@ -107,19 +112,32 @@ def draw(this: Run, program: Callable, state, request: Request, prompts: list[st
   seed, parts = jax.device_put(np.uint32(request.seed), meshes.replicated(this.mesh)), []
   for first in range(0, total, batch):
     rows = np.minimum(np.arange(first, first + batch), total - 1)  # the last batch is filled up; the surplus is cut off
-    cond = this.task.ask([prompts[row] for row in rows])
+    every = lambda array: np.broadcast_to(array, (batch, *np.shape(array))).copy()
+    given = jax.tree.map(every, shown(this.task, request, canvas, known))
+    cond = {**(this.task.ask([prompts[row] for row in rows]) or {}), **given}
     if request.negative:
-      cond = {**cond, 'negative': this.task.ask([request.negative] * batch)}
+      avoided = this.task.ask([request.negative] * batch)
+      cond['negative'] = {name: value for name, value in avoided.items() if name != 'known'}
     number = (request.first + rows % request.count).astype(np.int32)
-    every = lambda array: np.broadcast_to(array[None], (batch, *array.shape)).copy()
     edit = {} if canvas is None else {'image': every(np.asarray(images.encode(canvas)))}
     edit |= {} if known is None else {'known': every(known[..., None])}
-    edit |= {} if request.source is None else {'source': this.task.ask([request.source] * batch)}
+    edit |= {} if request.source is None else {'source': {**(this.task.ask([request.source] * batch) or {}), **given}}
     with jax.transfer_guard('disallow'):
       number, cond, edit = meshes.place((number, cond, edit), this.mesh)
       samples = meshes.gather(program(chosen_params(this, state), state.extra, number, cond, seed, **edit))
     parts.append(this.task.decode(samples))
   return np.concatenate(parts)[:total]
+
+
+def shown(task: Task, request: Request, canvas: np.ndarray | None, known: np.ndarray | None) -> dict:
+  """The conditions of conditions.py that a request has, of one example."""
+  found = {}
+  if request.reference is not None:
+    found['reference'] = {'image': images.encode(request.reference), 'given': np.True_}
+  if canvas is not None and 'known' in (task.null or {}):
+    where = np.zeros(canvas.shape[:2], bool) if known is None else known
+    found['known'] = {'values': images.encode(canvas), 'where': where[..., None]}
+  return found
 
 
 def completed(request: Request, config: ConfigDict) -> Request:
@@ -132,7 +150,8 @@ def check(request: Request, this: Run) -> None:
   """Raise ValueError, with a sentence, where a field is illegal."""
   if isinstance(request.prompts, str):
     raise ValueError(f'prompts is {request.prompts!r}; it must be a list of texts: [{request.prompts!r}].')
-  for name, array, axes, kind in (('image', request.image, 3, np.uint8), ('mask', request.mask, 2, np.bool_)):
+  for name, array, axes, kind in (('image', request.image, 3, np.uint8), ('mask', request.mask, 2, np.bool_),
+                                  ('reference', request.reference, 3, np.uint8)):
     if array is not None and (array.ndim != axes or array.dtype != kind):
       raise ValueError(f'{name} has the shape {array.shape} and the type {array.dtype}; legal are {axes} axes of '
                        f'{np.dtype(kind)}.')
@@ -157,8 +176,12 @@ def check(request: Request, this: Run) -> None:
   for name in given:
     if given[name] and request.image is None:
       raise ValueError(f'{name} is for an image, and there is none: type --image=picture.png')
-  if request.image is not None and request.image.shape[2] != this.task.shape[-1]:
-    raise ValueError(f'The image has {request.image.shape[2]} channels; this run has {this.task.shape[-1]}.')
+  for name, array in (('image', request.image), ('reference', request.reference)):
+    if array is not None and array.shape[2] != this.task.shape[-1]:
+      raise ValueError(f'The {name} has {array.shape[2]} channels; this run has {this.task.shape[-1]}.')
+  if request.reference is not None and 'reference' not in (this.task.null or {}):
+    raise ValueError('This run takes no reference: train one with --config.condition.reference='
+                     "'CLIPVision(width=64, layers=2, heads=4, patch=4)'.")
   if request.image is not None and request.strength is None and request.mask is None and not any(request.outpaint):
     raise ValueError('What is to become of the image? Type --strength=0.6, --mask=mask.png or --outpaint=8,0,8,0.')
   if request.inpaint != 'replace()' and request.mask is None and not any(request.outpaint):
@@ -206,7 +229,7 @@ def on_canvas(request: Request) -> tuple[np.ndarray | None, np.ndarray | None]:
 
 def describe(request: Request, this: Run, state) -> dict:
   """The settings that all pictures of a request share."""
-  given = {'image': request.image, 'mask': request.mask}
+  given = {'image': request.image, 'mask': request.mask, 'reference': request.reference}
   files = {name: png(value) for name, value in given.items() if value is not None}
   about = provenance(this, state, request.count, this.config.transform)
   del about['samples']
@@ -226,7 +249,7 @@ def again(path: str | Path, workdir: str | Path | None = None, config: ConfigDic
     config[name] = settings[name]
   config.sample.ema = float(settings['ema'])
   unpack = lambda text: sources.to_array(Image.open(BytesIO(b64decode(text))))
-  kept = {'image': unpack(settings['image'])} if 'image' in settings else {}
+  kept = {name: unpack(settings[name]) for name in ('image', 'reference') if name in settings}
   kept |= {'mask': unpack(settings['mask'])[..., 0] > 0} if 'mask' in settings else {}
   same = {name: settings[name] for name in KEPT}
   picture, = load(workdir, config)([settings['prompt']], **same, **kept, first=settings['number'])

@@ -37,7 +37,7 @@ from diffusion_jax.core.targets import Target
 from diffusion_jax.core.times import Adaptive, Times
 from diffusion_jax.core.types import Denoiser, Draw, Learned, Network, Schedule, Transform
 from diffusion_jax.core.weights import Weight
-from diffusion_jax.networks import dit, embed, text, unet
+from diffusion_jax.networks import dit, embed, text, unet, vision
 from diffusion_jax.tasks.task import Task
 
 NETWORKS = {'UNet': unet.UNet, 'DiT': dit.DiT}
@@ -107,6 +107,7 @@ def make_method(config: ConfigDict, task: Task) -> Method:
 
   def training_loss(params, extra, draw: Draw, batch):
     x0, cond = task.encode(batch)
+    cond = task.drawn(draw.part(types.VIEW).keys, x0, cond)
     if cond and drops:
       cond = {**cond, 'drop': _drops(config, sorted(cond), draw.part(types.DROP).keys)}
     drawn = chosen(extra)
@@ -140,7 +141,9 @@ def make_network(config: ConfigDict, task: Task) -> nn.Module:
   backbone = backbone.clone(out_channels=channels, axes=len(task.shape) - 1)
   size, dtype = backbone.vector_size, backbone.param_dtype
   make = {'label': lambda: embed.Label(task.classes, size, dtype),
-          'text': lambda: embed.Text(make_encoder(config), size, dtype)}
+          'text': lambda: embed.Text(make_encoder(config), size, dtype),
+          'reference': lambda: embed.Reference(make_reference(config), size, dtype),
+          'known': embed.Known}
   net = embed.Conditional(backbone, {name: make[name]() for name in task.null or {}})
   x, cond = _example(task)
   jax.eval_shape(net.init, jax.random.key(0), x, jnp.zeros(1), cond)
@@ -152,6 +155,11 @@ def make_encoder(config: ConfigDict) -> nn.Module:
   sizes = config.text.vocabulary, config.text.length
   return _build(config, 'text.encoder', {'CLIPText': partial(text.CLIPText, *sizes),
                                          'T5Encoder': partial(text.T5Encoder, sizes[0])})
+
+
+def make_reference(config: ConfigDict) -> nn.Module:
+  """The encoder of reference images of config.condition.reference."""
+  return _build(config, 'condition.reference', {'CLIPVision': vision.CLIPVision})
 
 
 def _drops(config: ConfigDict, names: list[str], keys: jax.Array) -> dict[str, jax.Array]:

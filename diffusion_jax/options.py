@@ -9,6 +9,7 @@ STRINGS = {
   'source': 'What --image shows: it is led to --strength by the inverse of DDIM, not noised, and then edited by --prompt.',
   'mask': 'A picture of the size of --image: white is what may change.',
   'inpaint': "How the rest is held: 'replace()', 'dps(0.1)', 'pigdm()'.",
+  'reference': 'A picture to be like, for a run with config.condition.reference.',
   'solver': 'A row of config.solver.',
   'again': 'A PNG that was generated here, to make again; no other of these flags is needed.',
   'out': 'The folder for the PNGs; by default `generated` in the workdir.'}

@@ -28,6 +28,7 @@ def workdir(tmp_path_factory):
   folder = tmp_path_factory.mktemp('shapes') / 'run'
   config = tiny(task='captions', data__source='shapes', data__size=(16, 16), data__channels=3, data__count=40,
                 data__holdout=8, text__encoder='CLIPText(width=16, layers=1, heads=2)', text__length=32, train__steps=2,
+                condition__known=True, condition__reference='CLIPVision(width=16, layers=1, heads=2, patch=8)',
                 sample__count=4, sample__batch=8, transform='guide(2.0) | clip(1.0)', mesh='data=1')
   assert train.run(config, folder) == 0
   return folder
@@ -67,7 +68,8 @@ def test_a_picture_is_the_same_alone_and_in_a_list_and_on_eight_devices(generate
 
 
 def test_a_picture_can_be_made_again_from_itself(generate, tmp_path):
-  fields = dict(negative='red', guidance=1.5, seed=2, steps=3, solver='ancestral()', image=IMAGE, mask=MASK, strength=0.9)
+  fields = dict(negative='red', guidance=1.5, seed=2, steps=3, solver='ancestral()', image=IMAGE, mask=MASK, strength=0.9,
+                reference=255 - IMAGE)
   _, picture = generate(PROMPTS[:2], **fields)
   path = picture.save(tmp_path / 'a' / 'picture.png')
   np.testing.assert_array_equal(np.asarray(Image.open(path)), picture.pixels)
@@ -120,6 +122,32 @@ def test_inversion_leads_back_and_another_prompt_elsewhere(generate):
 def test_any_solver_holds_what_is_known(generate, fields):
   plain, = generate([PROMPTS[0]], image=IMAGE, mask=MASK, **fields)
   assert np.abs(plain.pixels.astype(int) - IMAGE)[~MASK].max() <= 1
+
+
+def test_a_network_that_was_trained_for_it_sees_what_is_known(generate):
+  """dps with a std of a million pulls at nothing: what is outside of the mask acts by the condition alone."""
+  fields = dict(mask=MASK, inpaint='dps(1e6)')
+  plain, = generate([PROMPTS[0]])
+  seen, inside, outside = (generate([PROMPTS[0]], image=image, **fields)[0] for image in (
+    IMAGE, np.where(MASK[..., None], 255 - IMAGE, IMAGE), np.where(MASK[..., None], IMAGE, 255 - IMAGE)))
+  np.testing.assert_array_equal(seen.pixels, inside.pixels)
+  assert not near(seen, outside) and not near(seen, plain)
+
+
+def test_a_reference_is_seen_in_any_size_and_guidance_leads_to_it(generate):
+  plain, seen, large, other = (generate([PROMPTS[0]], **fields)[0] for fields in (
+    {}, {'reference': IMAGE}, {'reference': IMAGE.repeat(2, 0).repeat(2, 1)}, {'reference': 255 - IMAGE}))
+  apart = lambda picture: np.abs(picture.pixels.astype(int) - seen.pixels).mean()
+  assert apart(large) < 0.3 * min(apart(plain), apart(other))  # resized, which blurs it
+  null, same = (generate([PROMPTS[0]], guidance=0.0, **fields)[0] for fields in ({}, {'reference': IMAGE}))
+  assert near(null, same)
+
+
+def test_a_reference_for_a_network_without_one_gets_a_sentence(tmp_path):
+  config = tiny(task='captions', data__source='shapes', data__size=(16, 16), data__channels=3, text__length=32)
+  run = runs.open_run(config, tmp_path, read=False)
+  with pytest.raises(ValueError, match='This run takes no reference: train one with --config.condition.reference='):
+    module.check(module.Request(reference=IMAGE, seed=0, negative=''), run)
 
 
 @pytest.mark.slow
@@ -186,6 +214,7 @@ def test_the_job_writes_a_picture_each_and_a_sheet(workdir, tmp_path, capsys):
   ([''], {'image': IMAGE}, 'What is to become of the image? Type --strength=0.6'),
   ([''], {'image': IMAGE, 'mask': MASK[:8]}, 'The mask has 8x16 pixels and the image 16x16'),
   ([''], {'image': IMAGE[..., :1], 'strength': 0.5}, 'The image has 1 channels; this run has 3'),
+  ([''], {'reference': IMAGE[..., :1]}, 'The reference has 1 channels; this run has 3'),
   ([''], {'image': IMAGE, 'outpaint': (0, -4, 0, 0)}, 'four numbers of pixels: left, top, right, bottom'),
   ([''], {'image': IMAGE, 'outpaint': (4, 4)}, 'four numbers of pixels'),
   ([''], {'image': IMAGE, 'mask': MASK, 'inpaint': 'replce()'}, "'replce' is unknown. Did you mean 'replace'"),

@@ -163,9 +163,9 @@ def chain(*transforms: Transform) -> Transform:
 
 
 def dropped(x: PyTree, cond: Cond) -> Cond:
-  """The condition whose every part the network replaces by its null."""
+  """The condition whose every part, but what is known of x0, the network replaces by its null."""
   lost = jnp.ones(jax.tree.leaves(x)[0].shape[0], bool)
-  return {**(cond or {}), 'drop': {name: lost for name in _names(cond)}}
+  return {**(cond or {}), 'drop': {name: lost for name in _names(cond) if name != 'known'}}
 
 
 def replaced(cond: Cond, entries: dict) -> Cond:

@@ -7,12 +7,13 @@ from jax import numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-TIMES, NOISE, DROP, DROPOUT, LATENT = range(5)  # what a training draw is for: Draw.part(TIMES)
+TIMES, NOISE, DROP, DROPOUT, LATENT, VIEW = range(6)  # what a training draw is for: Draw.part(TIMES)
 
 Cond = dict[str, PyTree] | None
 """Raw conditions, one row an example ({'label': [B]}), or None. Two entries are not conditions. 'drop', {name: [B], bool},
 marks what the network replaces by its null: that is how training drops and how guidance asks for the unconditional.
-'negative', {name: condition}, is what guidance is to lead away from, in place of the null."""
+'negative', {name: condition}, is what guidance is to lead away from, in place of the null. The condition 'known' is no wish
+but what is known of x0: guidance leaves it in every branch."""
 
 
 class Level(NamedTuple):

@@ -37,14 +37,14 @@ def write(config: ConfigDict, workdir: Path, out: str | None = None, again: str 
 
 
 def generate(config: ConfigDict, workdir: Path, prompt: str | None = None, prompts: str | None = None,
-             guidance: tuple[float, ...] = (), image: str | None = None, mask: str | None = None,
-             **fields) -> tuple[list[Picture], int]:
+             guidance: tuple[float, ...] = (), mask: str | None = None, **fields) -> tuple[list[Picture], int]:
   """The pictures, and in how many columns to show them: a row a prompt, those of each scale of guidance together."""
   if prompt is not None and prompts is not None:
     raise ValueError('Both --prompt and --prompts are given: type one of them.')
   texts = read_lines(prompts) if prompts is not None else [prompt or '']
-  if image:
-    fields['image'] = read_image(image, images.MODES[config.data.channels])
+  for name in ('image', 'reference'):
+    if name in fields:
+      fields[name] = read_image(fields[name], images.MODES[config.data.channels])
   if mask:
     fields['mask'] = read_image(mask, 'L')[..., 0] >= 128
   ask = load(workdir, config)

@@ -59,7 +59,7 @@ class CLIPText(nn.Module):
     for i in range(self.layers):
       layer = CLIPLayer(self.heads, self.mlp or 4 * self.width, self.layers, self.activation, name=f'layers_{i}', **types)
       states.append(layer(states[-1], causal))
-    sequence = _layer_norm('final_layer_norm', **types)(states[-1])
+    sequence = layer_norm('final_layer_norm', **types)(states[-1])
     last = jnp.max(jnp.where(mask, np.arange(count)[None], 0), 1)
     pooled = jnp.take_along_axis(sequence, last[:, None, None], 1)[:, 0]
     if self.projection:
@@ -96,10 +96,10 @@ class CLIPLayer(nn.Module):
         size, kernel_init=nn.initializers.normal(std), promote_dtype=wide_bias, name=name, **types)
     heads = lambda a: rearrange(a.astype(self.dtype), 'b l (n h) -> b l n h', n=self.heads)
     std, last = width**-0.5, (2 * width * self.layers)**-0.5
-    h = _layer_norm('layer_norm1', **types)(x)
+    h = layer_norm('layer_norm1', **types)(x)
     h = softmax_attention(*(heads(dense(width, std, name)(h)) for name in ('q_proj', 'k_proj', 'v_proj')), mask)
     x = (x + dense(width, last, 'out_proj')(rearrange(h, 'b l n h -> b l (n h)'))).astype(x.dtype)
-    h = dense(self.mlp, (2 * width)**-0.5, 'fc1')(_layer_norm('layer_norm2', **types)(x))
+    h = dense(self.mlp, (2 * width)**-0.5, 'fc1')(layer_norm('layer_norm2', **types)(x))
     return (x + dense(width, last, 'fc2')(ACTIVATIONS[self.activation](h))).astype(x.dtype)
 
 
@@ -185,7 +185,7 @@ def relative_bucket(distance: np.ndarray) -> np.ndarray:
   return np.where(distance > 0, half, 0) + np.where(size < exact, size, far)
 
 
-def _layer_norm(name, dtype, param_dtype):
+def layer_norm(name, dtype, param_dtype):
   return nn.LayerNorm(1e-5, dtype=wide(dtype), param_dtype=param_dtype, name=name)
 
 

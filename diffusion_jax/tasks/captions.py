@@ -60,6 +60,7 @@ def make_task(config: ConfigDict, read: bool, workdir: Path) -> Task:
       batches=lambda step, batch, process, processes: inputs.batches(
           splits.train, known.augment(data.flip), config.seed, batch, step, process, processes),
       encode=lambda rows: (images.encode(rows['x']), {'text': {name: rows[name] for name in null['text']}}),
+      drawn=lambda keys, x0, cond: cond,
       context=context,
       ask=ask,
       titles=titles,

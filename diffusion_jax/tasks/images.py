@@ -55,6 +55,7 @@ def make_task(data: ConfigDict, reference: int, seed: int, labels: tuple[int, ..
       batches=lambda step, batch, process, processes: inputs.batches(
           splits.train, augment, seed, batch, step, process, processes),
       encode=lambda rows: (encode(rows['x']), {'label': rows['label']} if classes else None),
+      drawn=lambda keys, x0, cond: cond,
       context=context,
       ask=ask,
       titles=lambda index: [str(label) for label in context(index)['label']] if classes else [''] * len(index),

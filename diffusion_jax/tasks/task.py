@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Key, PyTree
 from ml_collections import ConfigDict
 
 from diffusion_jax.core.types import Cond
@@ -21,6 +21,7 @@ class Task(NamedTuple):
   row: dict[str, jax.ShapeDtypeStruct]  # what an example of `batches` is
   batches: Callable[[int, int, int, int], Iterator[dict]]  # (step, batch, process, processes) -> rows of this process
   encode: Callable[[dict], tuple[PyTree, Cond]]  # rows on the device -> (x0, cond)
+  drawn: Callable[[Key[Array, 'batch'], PyTree, Cond], Cond]  # (keys, x0, cond) -> cond with what training draws from x0
   context: Callable[[np.ndarray], Cond]  # sample numbers -> what to sample
   ask: Callable[[list[str]], Cond]  # titles -> what to sample
   titles: Callable[[np.ndarray], list[str]]  # sample numbers -> what each is of, for people
@@ -35,15 +36,15 @@ class Task(NamedTuple):
 def make_task(config: ConfigDict, read: bool, workdir: Path = Path()) -> Task:
   """The task that config.task names; `read`=False leaves the data alone, which sampling does not need: what it needs of
   them was saved in the workdir."""
-  from diffusion_jax.tasks import captions, images
-  if config.task == 'captions':
-    return captions.make_task(config, read, workdir)
-  if config.task != 'images':
+  from diffusion_jax.tasks import captions, conditions, images
+  if config.task not in ('images', 'captions'):
     raise ValueError(f"config.task is {config.task!r}; legal are 'images' and 'captions'.")
-  if config.sample.prompts or config.sample.negative:
+  if config.task == 'images' and (config.sample.prompts or config.sample.negative):
     raise ValueError(f'config.sample.prompts is {config.sample.prompts} and config.sample.negative '
                      f"{config.sample.negative!r}; they are for captions. Leave them empty, or type --config.task=captions")
-  return images.make_task(config.data, config.evaluate.reference, config.seed, config.sample.labels, read)
+  task = (captions.make_task(config, read, workdir) if config.task == 'captions' else
+          images.make_task(config.data, config.evaluate.reference, config.seed, config.sample.labels, read))
+  return conditions.add(task, bool(config.condition.reference), config.condition.known)
 
 
 def stored(workdir: Path, name: str, otherwise: Any) -> Any:
