@@ -10,9 +10,11 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 TIMES, NOISE, DROP, DROPOUT, LATENT = range(5)  # what a training draw is for: Draw.part(TIMES)
 
 Cond = dict[str, PyTree] | None
-"""Raw conditions, one row an example ({'label': [B]}), or None. Two entries are not conditions. 'drop', {name: [B], bool},
-marks what the network replaces by its null: that is how training drops and how guidance asks for the unconditional.
-'negative', {name: condition}, is what guidance is to lead away from, in place of the null."""
+"""Raw conditions, one row an example ({'label': [B]}), or None. The entries `ASIDE` are not conditions. 'drop', {name: [B],
+bool}, marks what the network replaces by its null: that is how training drops and how guidance asks for the unconditional.
+'negative', {name: condition}, is what guidance is to lead away from, in place of the null. 'towards', (share [B], {name:
+condition}), is what `blend` is to lead to, and how far."""
+ASIDE = 'drop', 'negative', 'towards'
 
 
 class Level(NamedTuple):
