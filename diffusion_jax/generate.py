@@ -1,4 +1,4 @@
-"""Pictures from a trained run: of prompts, from a picture, within a mask, on a larger canvas.
+"""Pictures from a trained run: of prompts, from a picture, within a mask, on a larger canvas, between two.
 
   generate = load('runs/shapes')
   picture, = generate(['two red rings at the top'], guidance=3.0)
@@ -27,7 +27,8 @@ from diffusion_jax.tasks import images, sources
 from diffusion_jax.tasks.task import Task
 
 ABOUT = 'diffusion_jax'  # the name of the settings in a PNG
-KEPT = 'negative', 'strength', 'source', 'outpaint', 'inpaint', 'seed'  # of the request, in the settings of each picture
+# Of the request, in the settings of each picture.
+KEPT = 'negative', 'strength', 'source', 'outpaint', 'inpaint', 'seed', 'towards', 'towards_seed'
 
 
 class Request(NamedTuple):
@@ -39,7 +40,9 @@ class Request(NamedTuple):
   that the source as a prompt gives it back, and another changes what they differ in. With `mask` [H, W], bool, only what
   is True may change; `outpaint` adds pixels on the left, top, right and bottom, which may too; the rest is held by
   `inpaint`: 'replace()', 'ddnm()', 'dps(0.1)' or 'pigdm()' of constraints.py, and shown to a network that was trained for
-  it. `reference`, uint8 [H, W, C], is what the picture is to be like. What is None is as the run has it.
+  it. `reference`, uint8 [H, W, C], is what the picture is to be like. `between` are places from 0 to 1, a picture for each
+  in place of `count`, on the way from the prompt to that of `towards`, and from the noise at the start to that of
+  `towards_seed`; the noise of a stochastic solver's steps stays. What is None is as the run has it.
   """
   prompts: Sequence[str] = ('',)
   negative: str | None = None
@@ -54,6 +57,9 @@ class Request(NamedTuple):
   count: int = 1
   first: int = 0
   seed: int | None = None
+  towards: str | None = None
+  towards_seed: int | None = None
+  between: Sequence[float] = ()
   steps: int | None = None
   solver: str | None = None
 
@@ -94,34 +100,39 @@ def load(workdir: str | Path, config: ConfigDict | None = None) -> Callable[...,
     config = configured(this.config, request)
     canvas, known = on_canvas(request)
     settings = describe(request, this._replace(config=config), state)
-    numbers = range(request.first, request.first + request.count)
-    about = [{**settings, 'prompt': prompt, 'number': number} for prompt in request.prompts for number in numbers]
+    way = [{'number': request.first, 'between': [place]} for place in request.between]
+    way = way or [{'number': request.first + i} for i in range(request.count)]
+    about = [{**settings, 'prompt': prompt, **each} for prompt in request.prompts for each in way]
     if request.strength == 0:
       return [Picture(canvas, each) for each in about]
     shape = this.task.shape if canvas is None else canvas.shape
     run = program(config.transform, config.grid, config.solver, shape, request.strength, request.inpaint)
-    pictures = draw(this, run, state, request, [each['prompt'] for each in about], canvas, known)
+    pictures = draw(this, run, state, request, about, canvas, known)
     return [Picture(*each) for each in zip(pictures, about, strict=True)]
   return generate
 
 
-def draw(this: Run, program: Callable, state, request: Request, prompts: list[str], canvas, known) -> np.ndarray:
-  """The pictures of the prompts, one each, config.sample.batch at a time."""
-  total = len(prompts)
+def draw(this: Run, program: Callable, state, request: Request, about: list[dict], canvas, known) -> np.ndarray:
+  """The pictures that have these settings, config.sample.batch at a time."""
+  total = len(about)
   batch = shared(this, min(1 << (total - 1).bit_length(), this.config.sample.batch))  # few sizes, each of which is compiled
   seed, parts = jax.device_put(np.uint32(request.seed), meshes.replicated(this.mesh)), []
   for first in range(0, total, batch):
-    rows = np.minimum(np.arange(first, first + batch), total - 1)  # the last batch is filled up; the surplus is cut off
+    rows = [about[min(row, total - 1)] for row in range(first, first + batch)]  # filled up; the surplus is cut off
     every = lambda array: np.broadcast_to(array, (batch, *np.shape(array))).copy()
     given = jax.tree.map(every, shown(this.task, request, canvas, known))
-    cond = {**(this.task.ask([prompts[row] for row in rows]) or {}), **given}
+    cond = {**(this.task.ask([row['prompt'] for row in rows]) or {}), **given}
     if request.negative:
-      avoided = this.task.ask([request.negative] * batch)
-      cond['negative'] = {name: value for name, value in avoided.items() if name != 'known'}
-    number = (request.first + rows % request.count).astype(np.int32)
+      cond['negative'] = without(this.task.ask([request.negative] * batch), 'known')
+    share = np.array([row.get('between', [0])[0] for row in rows], np.float32)
+    if request.towards is not None:
+      cond['towards'] = share, without(this.task.ask([request.towards] * batch), 'known', 'reference')
+    number = np.array([row['number'] for row in rows], np.int32)
     edit = {} if canvas is None else {'image': every(np.asarray(images.encode(canvas)))}
     edit |= {} if known is None else {'known': every(known[..., None])}
     edit |= {} if request.source is None else {'source': {**(this.task.ask([request.source] * batch) or {}), **given}}
+    if request.towards_seed is not None:
+      edit['turn'] = np.full(batch, request.towards_seed, np.uint32), share
     with jax.transfer_guard('disallow'):
       number, cond, edit = meshes.place((number, cond, edit), this.mesh)
       samples = meshes.gather(program(chosen_params(this, state), state.extra, number, cond, seed, **edit))
@@ -140,10 +151,15 @@ def shown(task: Task, request: Request, canvas: np.ndarray | None, known: np.nda
   return found
 
 
+def without(cond: dict, *names: str) -> dict:
+  return {name: value for name, value in cond.items() if name not in names}
+
+
 def completed(request: Request, config: ConfigDict) -> Request:
-  """The request with the run's own negative and seed where it gives none."""
+  """The request with the run's own negative and seed where it gives none, and `between` as a tuple of floats."""
   own = {'negative': config.sample.negative, 'seed': config.sample.seed}
-  return request._replace(**{name: value for name, value in own.items() if getattr(request, name) is None})
+  own = {name: value for name, value in own.items() if getattr(request, name) is None}
+  return request._replace(**own, between=tuple(map(float, request.between)))
 
 
 def check(request: Request, this: Run) -> None:
@@ -161,8 +177,10 @@ def check(request: Request, this: Run) -> None:
     raise ValueError(f'count is {request.count} and first {request.first}; legal are 1 or more, and 0 or more.')
   if request.strength is not None and not 0 <= request.strength <= 1:
     raise ValueError(f'strength is {request.strength}; legal is from 0, the image itself, to 1, free of it.')
-  if not 0 <= request.seed < 2**32:
-    raise ValueError(f'seed is {request.seed}; legal are 0 to {2**32 - 1}.')
+  for name in ('seed', 'towards_seed'):
+    seed = getattr(request, name)
+    if seed is not None and not 0 <= seed < 2**32:
+      raise ValueError(f'{name} is {seed}; legal are 0 to {2**32 - 1}.')
   if request.steps is not None and request.steps < 1:
     raise ValueError(f'steps is {request.steps}; it must be 1 or more.')
   if request.guidance is not None and not math.isfinite(request.guidance):
@@ -176,6 +194,7 @@ def check(request: Request, this: Run) -> None:
   for name in given:
     if given[name] and request.image is None:
       raise ValueError(f'{name} is for an image, and there is none: type --image=picture.png')
+  check_way(request, this)
   for name, array in (('image', request.image), ('reference', request.reference)):
     if array is not None and array.shape[2] != this.task.shape[-1]:
       raise ValueError(f'The {name} has {array.shape[2]} channels; this run has {this.task.shape[-1]}.')
@@ -190,6 +209,28 @@ def check(request: Request, this: Run) -> None:
   if request.mask is not None and request.mask.shape != request.image.shape[:2]:
     raise ValueError('The mask has {}x{} pixels and the image {}x{}: they must have the same.'.format(
         *request.mask.shape, *request.image.shape[:2]))
+
+
+def check_way(request: Request, this: Run) -> None:
+  """Raise ValueError, with a sentence, where `towards`, `towards_seed` and `between` contradict each other or the rest."""
+  ends = {'towards': request.towards, 'towards_seed': request.towards_seed}
+  ends = {name: end for name, end in ends.items() if end is not None}
+  if request.between and not ends:
+    raise ValueError("Frames lead from one picture to another, and there is no other: type --towards='a blue square' or "
+                     '--towards_seed=1')
+  for name, end in ends.items():
+    if not request.between:
+      raise ValueError(f'{name} is {end!r}, but no picture on the way there is asked for: type --frames=8, or '
+                       'between=[0.5] in Python.')
+  if not all(0 <= place <= 1 for place in request.between):
+    raise ValueError(f'between is {request.between}; legal are places from 0, where it begins, to 1, where it ends.')
+  if request.between and request.count != 1:
+    raise ValueError(f'count is {request.count}, but a prompt has a picture for each frame: leave --count out.')
+  if request.towards is not None and this.task.null is None:
+    raise ValueError(f'towards is {request.towards!r}, but this run has no conditions to go to: type --towards_seed=1')
+  if request.towards_seed is not None and request.strength not in (None, 1):
+    raise ValueError(f'towards_seed turns pure noise, and the image is noised to strength {request.strength} alone: leave '
+                     'one of them out, or type --strength=1')
 
 
 def configured(config: ConfigDict, request: Request) -> ConfigDict:
@@ -251,7 +292,7 @@ def again(path: str | Path, workdir: str | Path | None = None, config: ConfigDic
   unpack = lambda text: sources.to_array(Image.open(BytesIO(b64decode(text))))
   kept = {name: unpack(settings[name]) for name in ('image', 'reference') if name in settings}
   kept |= {'mask': unpack(settings['mask'])[..., 0] > 0} if 'mask' in settings else {}
-  same = {name: settings[name] for name in KEPT}
+  same = {name: settings[name] for name in (*KEPT, 'between') if name in settings}  # older PNGs lack what came since
   picture, = load(workdir, config)([settings['prompt']], **same, **kept, first=settings['number'])
   with Image.open(path) as before:
     pixels = sources.to_array(before).astype(int)

@@ -176,7 +176,7 @@ def _with_nulls(cond: types.Cond, null: types.Cond) -> types.Cond:
   def choose(lost, value, none):
     return jnp.where(types.spread(lost, value), jnp.asarray(none, value.dtype), value)
   drop = cond.get('drop', {})
-  seen = {name: value for name, value in cond.items() if name not in ('drop', 'negative')}
+  seen = {name: value for name, value in cond.items() if name not in types.ASIDE}
   return {**seen, **{name: jax.tree.map(partial(choose, lost), seen[name], null[name]) for name, lost in drop.items()}}
 
 

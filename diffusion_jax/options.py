@@ -5,6 +5,7 @@ STRINGS = {
   'prompt': 'What to generate; for a run with classes the number of one.',
   'prompts': 'A file with a prompt a line, in place of --prompt.',
   'negative': 'What guidance is to lead away from.',
+  'towards': 'Another prompt, to which --frames lead.',
   'image': 'A picture to start from, with --strength, --mask or --outpaint.',
   'source': 'What --image shows: it is led to --strength by the inverse of DDIM, not noised, and then edited by --prompt.',
   'mask': 'A picture of the size of --image: white is what may change.',
@@ -14,7 +15,9 @@ STRINGS = {
   'again': 'A PNG that was generated here, to make again; no other of these flags is needed.',
   'out': 'The folder for the PNGs; by default `generated` in the workdir.'}
 FLOATS = {'strength': 'The time to which --image is noised: 0 leaves it as it is, 1 leaves nothing of it.'}
-INTEGERS = {'count': 'Pictures of each prompt.', 'seed': 'Of the noise.', 'steps': "Of the run's grid."}
+INTEGERS = {'count': 'Pictures of each prompt.', 'seed': 'Of the noise.', 'steps': "Of the run's grid.",
+            'towards_seed': 'Another seed, to whose noise --frames turn.',
+            'frames': 'Pictures of each prompt, evenly on the way to --towards, --towards_seed or both, with frames.gif.'}
 LISTS = {'guidance': 'Scales of guidance, 3 or 1,3,7: a column of the sheet for each.',
          'outpaint': 'Pixels to add to --image: left,top,right,bottom.'}
 

@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from diffusion_jax.build import build
-from diffusion_jax.core import constraints, sampling, solvers
+from diffusion_jax.core import constraints, guidance, sampling, solvers
 from diffusion_jax.core.processes import Gaussian
 from diffusion_jax.core.types import example_keys, fold
 from diffusion_jax.method import Method, default_sharding, make_likelihood, make_method, make_sampling
@@ -194,14 +194,16 @@ def sampling_program(run: Run, transform: str, keep: bool = False, strength: flo
   The noise of a sample follows from `seed`, config.sample.seed unless given, and its number in `index`. It may be given
   images x0 [B, ...] too, from which it starts, noised to the time `strength`, and not from pure noise if that is below 1;
   `source`, the condition of these images, with which the inverse of DDIM leads there in place of noise; and `known`, bool,
-  which of their entries the samples are to have, by one of `_given`.
+  which of their entries the samples are to have, by one of `_given`. `turn`, (seed [B], share [B]), turns the pure noise
+  from which they start to that of another seed.
   """
   parts = make_sampling(run.config, transform)
   walk = sampling.trajectory if keep else sampling.sample
-  def program(params, extra, index, cond, seed=None, image=None, known=None, source=None):
+  def program(params, extra, index, cond, seed=None, image=None, known=None, source=None, turn=None):
     key = jax.random.key(run.config.sample.seed if seed is None else seed)
     keys, process, start = example_keys(key, index), run.method.process(params), None
-    denoiser, grid = parts.transform(run.method.denoiser(params, extra)), parts.grid
+    plain, grid = run.method.denoiser(params, extra), parts.grid
+    denoiser = parts.transform(guidance.blend()(plain) if 'towards' in (cond or {}) else plain)
     if known is not None:
       denoiser = build(inpaint, _given(image, known))(denoiser)
     if strength is not None and strength < 1:
@@ -210,8 +212,11 @@ def sampling_program(run: Run, transform: str, keep: bool = False, strength: flo
       if source is None:
         start, _ = process.corrupt(fold(keys, START), image, process.level(strength))
       else:
-        plain = run.method.denoiser(params, extra)
         start = sampling.sample(keys, process, solvers.ddim_inverse(3), plain, grid[::-1], run.task.shape, source, image)
+    if turn is not None:
+      seeds, share = turn
+      others = jax.vmap(lambda seed, number: jax.random.fold_in(jax.random.key(seed), number))(seeds, index)
+      start = sampling.slerp(*(sampling.begin(each, process, grid, run.task.shape) for each in (keys, others)), share)
     return walk(keys, process, parts.solver, denoiser, grid, run.task.shape, cond, start)
   return program
 

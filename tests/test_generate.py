@@ -1,4 +1,6 @@
-"""Pictures that are asked for: the same in any list and on any mesh, from an image, within a mask, and again."""
+"""Pictures that are asked for: the same in any list and on any mesh, from an image, within a mask, between two, again."""
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
@@ -173,6 +175,35 @@ def test_a_negative_and_a_scale_change_the_picture(generate):
   assert not near(plain, away) and not near(plain, far)
 
 
+@pytest.mark.parametrize('ends, fields', [
+  ({'prompts': PROMPTS[1]}, {'negative': 'red', 'solver': 'ancestral()'}),
+  ({'prompts': PROMPTS[1]}, {'image': IMAGE, 'mask': MASK, 'strength': 0.9}),
+  ({'seed': 5}, {'image': IMAGE, 'outpaint': (2, 0, 0, 0), 'strength': 1.0}),
+  ({'seed': 5, 'prompts': ''}, {'guidance': 1.0, 'solver': 'heun()'}),
+])
+def test_a_series_goes_from_one_picture_to_the_other(generate, ends, fields):
+  """Its ends are the pictures of the two prompts, or seeds, asked for alone; the middle is neither."""
+  towards = {{'prompts': 'towards', 'seed': 'towards_seed'}[name]: end for name, end in ends.items()}
+  begin, middle, end = generate([PROMPTS[0]], seed=1, first=3, between=np.linspace(0, 1, 3), **towards, **fields)
+  one, = generate([PROMPTS[0]], seed=1, first=3, **fields)
+  other, = generate([ends.get('prompts', PROMPTS[0])], seed=ends.get('seed', 1), first=3, **fields)
+  assert near(begin, one) and near(end, other)
+  assert not near(middle, one) and not near(middle, other) and not near(one, other)
+
+
+def test_a_picture_of_a_series_can_be_made_again_from_itself(generate, workdir, tmp_path):
+  """Alone and on eight devices, with the noise of the solver's steps and both ways at once."""
+  fields = dict(towards=PROMPTS[1], towards_seed=7, between=(0.25, 0.5), solver='ancestral()', seed=2)
+  series = generate(PROMPTS[:2], **fields)
+  assert [each.settings['between'] for each in series] == [[0.25], [0.5]] * 2
+  remade = again(series[1].save(tmp_path / 'picture.png'))
+  assert near(remade, series[1]) and not near(remade, series[0])
+  assert remade.settings == {**series[1].settings, 'outpaint': [0, 0, 0, 0]}
+  config = load_complete(workdir)
+  config.mesh = 'data=8'
+  assert all(map(near, load(workdir, config)(PROMPTS[:2], **fields), series))
+
+
 def test_the_empty_prompt_is_the_null(generate):
   null, empty = generate([PROMPTS[0]], guidance=0.0)[0], generate([''])[0]
   assert near(null, empty)
@@ -192,6 +223,16 @@ def test_the_job_writes_a_picture_each_and_a_sheet(workdir, tmp_path, capsys):
   assert job.run(load_complete(workdir), workdir, {'again': str(tmp_path / 'out' / '0003.png'), 'out': str(tmp_path)}) == 0
   np.testing.assert_array_equal(*(np.asarray(Image.open(path)) for path in (
     tmp_path / '0003_again.png', tmp_path / 'out' / '0003.png')))
+
+
+def test_the_job_writes_a_row_of_frames_a_prompt_and_a_gif(workdir, tmp_path):
+  (tmp_path / 'prompts.txt').write_text('two red rings\na blue square\n')
+  asked = {'prompts': str(tmp_path / 'prompts.txt'), 'towards': 'green', 'frames': 3, 'out': str(tmp_path / 'out')}
+  assert job.run(load_complete(workdir), workdir, asked) == 0
+  assert [read_settings(tmp_path / 'out' / f'{i:04d}.png')['between'] for i in range(6)] == [[0.0], [0.5], [1.0]] * 2
+  assert np.asarray(Image.open(tmp_path / 'out' / 'sheet.png')).shape == (2 * 34, 3 * 34, 3)
+  with Image.open(tmp_path / 'out' / 'frames.gif') as gif:
+    assert (gif.n_frames, gif.size) == (3, (34, 34))
 
 
 @pytest.mark.parametrize('prompts, fields, sentence', [
@@ -220,6 +261,13 @@ def test_the_job_writes_a_picture_each_and_a_sheet(workdir, tmp_path, capsys):
   ([''], {'image': IMAGE, 'mask': MASK, 'inpaint': 'replce()'}, "'replce' is unknown. Did you mean 'replace'"),
   ([''], {'steps': 0}, 'steps is 0'),
   ([''], {'seed': -1}, 'seed is -1; legal are 0 to 4294967295'),
+  ([''], {'towards_seed': 2**32, 'between': [0.5]}, 'towards_seed is 4294967296; legal are 0 to 4294967295'),
+  ([''], {'towards': 'red'}, "towards is 'red', but no picture on the way there is asked for: type --frames=8"),
+  ([''], {'towards_seed': 1}, 'towards_seed is 1, but no picture on the way there is asked for'),
+  ([''], {'between': [0.5]}, "there is no other: type --towards='a blue square' or --towards_seed=1"),
+  ([''], {'between': [0.5, 1.5], 'towards': ''}, 'between is (0.5, 1.5); legal are places from 0'),
+  ([''], {'between': [0.5], 'towards': '', 'count': 2}, 'count is 2, but a prompt has a picture for each frame'),
+  ([''], {'between': [0.5], 'towards_seed': 1, 'image': IMAGE, 'strength': 0.5}, 'noised to strength 0.5 alone'),
   ([''], {'guidance': float('nan')}, 'guidance is nan'),
   ([''], {'solver': 'eulr()'}, "'eulr' is unknown. Did you mean 'euler'"),
 ])
@@ -227,6 +275,12 @@ def test_bad_input_gets_a_sentence(generate, prompts, fields, sentence):
   with pytest.raises(ValueError) as error:
     generate(prompts, **fields)
   assert sentence in str(error.value)
+
+
+def test_a_run_without_conditions_has_no_other_prompt_to_go_to():
+  this = SimpleNamespace(task=SimpleNamespace(null=None))
+  with pytest.raises(ValueError, match="towards is '', but this run has no conditions to go to: type --towards_seed=1"):
+    module.check_way(module.Request(towards='', between=(0.5,)), this)
 
 
 def test_a_run_without_guidance_says_what_to_type(workdir):
@@ -243,6 +297,8 @@ def test_a_run_without_guidance_says_what_to_type(workdir):
   ({'prompt': 'a', 'prompts': 'b'}, 'Both --prompt and --prompts are given'),
   ({'prompts': 'nowhere.txt'}, '--prompts=nowhere.txt is not a file'),
   ({'prompts': 'empty.txt'}, 'holds no prompts'),
+  ({'towards': 'a', 'frames': 1}, '--frames is 1; a way has two ends: type 2 or more.'),
+  ({'frames': 3}, "there is no other: type --towards='a blue square'"),
   ({'image': 'nowhere.png', 'strength': 0.5}, 'The picture nowhere.png cannot be read'),
   ({'again': 'plain.png'}, 'plain.png holds no settings'),
   ({'again': 'nowhere.png'}, 'The picture nowhere.png cannot be read'),

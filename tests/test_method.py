@@ -124,6 +124,7 @@ def test_conditions_are_dropped_together_and_each_on_its_own():
 
 def test_what_is_dropped_is_the_null():
   cond = {'label': jnp.array([3, 4]), 'text': {'tokens': jnp.ones((2, 3), int)}, 'negative': {'label': jnp.zeros(2)},
+          'towards': (jnp.zeros(2), {'label': jnp.zeros(2)}),
           'drop': {'label': jnp.array([True, False]), 'text': jnp.array([False, True])}}
   seen = methods._with_nulls(cond, {'label': np.int32(9), 'text': {'tokens': np.array([7, 8, 9])}})
   np.testing.assert_array_equal(seen['label'], [9, 4])

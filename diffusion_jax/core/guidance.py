@@ -12,7 +12,7 @@ import jax
 from jax import numpy as jnp
 from jaxtyping import Array, PyTree
 
-from diffusion_jax.core.types import Cond, Denoiser, Estimate, Level, Transform, combine, dot, spread
+from diffusion_jax.core.types import ASIDE, Cond, Denoiser, Estimate, Level, Transform, combine, dot, spread
 
 
 def guide(weight: float, during: tuple[float, float] = (0.0, 1.0), negative: dict | None = None) -> Transform:
@@ -107,6 +107,29 @@ def perpendicular(weight: float, negative: dict | None = None, negative_weight: 
   return _during('perpendicular', during, _branched(rule, others))
 
 
+def blend(share: float | None = None, towards: dict | None = None) -> Transform:
+  """Between two conditions: x0 = (1 - share) x0_cond + share x0_towards, where `towards` replaces entries of cond.
+
+  The conjunction of arXiv:2206.01714 with weights that sum to 1: the denoiser of the law in proportion to p(xt | cond)^(1 -
+  share) p(xt | towards)^share, which is not the noised law of the same mixture of data (arXiv:2302.11552). Without
+  arguments both are cond's own, in its entry 'towards', a share for each example; `guide` after it then leads the blend
+  away from the null or the negative alone. Two branches, one batched call. Raises ValueError where share is not finite,
+  where one of the two is given without the other, and where neither the row nor cond has them.
+  """
+  if (share is None) != (towards is None):
+    raise ValueError(f'blend needs both share and towards, or neither; got {share} and {towards}.')
+  own = share is None
+  _check_finite('blend', share=0.0 if own else share)
+  def both(denoise, x, level, cond):
+    if own and 'towards' not in (cond or {}):
+      raise ValueError("blend needs where to go: blend(0.5, {'label': 3}), or an entry 'towards' of cond.")
+    far, entries = cond['towards'] if own else (share, towards)
+    conds = [cond, replaced(cond, entries)]
+    given, other = branches(denoise, x, level, conds, used='towards' if own else None)
+    return given, combine((1 - far, widened(given.x0)), (far, widened(other.x0)))
+  return _during('blend', (0.0, 1.0), both, inert=share == 0)
+
+
 def autoguide(weight: float, weak: Denoiser, during: tuple[float, float] = (0.0, 1.0)) -> Transform:
   """Guidance by a weaker version of the denoiser: x0 = x0_weak + weight (x0 - x0_weak) (arXiv:2406.02507, sec. 3).
 
@@ -169,26 +192,32 @@ def dropped(x: PyTree, cond: Cond) -> Cond:
 
 
 def replaced(cond: Cond, entries: dict) -> Cond:
-  """The condition with these entries in place of its own, each of the shape [B, ...] and dtype of the one it replaces."""
+  """The condition with these entries in place of its own, at both ends of a blend, each of the shape [B, ...] and dtype of
+  the one it replaces."""
   names = _names(cond)
   missing = sorted(set(entries) - set(names))
   if missing:
-    raise ValueError(f"negative={{{missing[0]!r}: ...}} replaces an entry that cond has not; it has "
+    raise ValueError(f"{{{missing[0]!r}: ...}} is to replace an entry that cond has not; it has "
                      f"{', '.join(map(repr, names)) or 'none'}.")
   like = lambda old, new: jnp.broadcast_to(jnp.asarray(new, old.dtype), old.shape)
-  return {**cond, **{name: jax.tree.map(like, cond[name], entries[name]) for name in entries}}
+  new = {name: jax.tree.map(like, cond[name], entries[name]) for name in entries}
+  if 'towards' in cond:
+    share, others = cond['towards']
+    new['towards'] = share, {name: new.get(name, value) for name, value in others.items()}
+  return {**cond, **new}
 
 
 def _names(cond: Cond) -> list[str]:
   """The conditions that cond has."""
-  return sorted(set(cond or {}) - {'drop', 'negative'})
+  return sorted(set(cond or {}) - set(ASIDE))
 
 
-def branches(denoise: Denoiser, x: PyTree, level: Level, conds: list[Cond]) -> list[Estimate]:
+def branches(denoise: Denoiser, x: PyTree, level: Level, conds: list[Cond],
+             used: str | None = 'negative') -> list[Estimate]:
   """Estimates of the same x under several conditions by one batched call. The conditions must have the same entries, but
-  for 'drop', which is False where one lacks it and another has it, and 'negative', which ends here."""
+  for 'drop', which is False where one lacks it and another has it, and the entry `used`, which ends here."""
   batch, count = jax.tree.leaves(x)[0].shape[0], len(conds)
-  conds = [{name: value for name, value in (cond or {}).items() if name != 'negative'} for cond in conds]
+  conds = [{name: value for name, value in (cond or {}).items() if name != used} for cond in conds]
   drops = [cond.get('drop', {}) for cond in conds]
   if any('drop' in cond for cond in conds):
     kept = {name: jnp.zeros(batch, bool) for drop in drops for name in drop}

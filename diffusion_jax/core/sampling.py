@@ -2,11 +2,11 @@
 import jax
 import numpy as np
 from jax import numpy as jnp
-from jaxtyping import Array, Key, PyTree
+from jaxtyping import Array, Float, Key, PyTree
 
 from diffusion_jax.core.processes import Process
 from diffusion_jax.core.solvers import Solver
-from diffusion_jax.core.types import Cond, Denoiser, fold, split
+from diffusion_jax.core.types import Cond, Denoiser, combine, dot, fold, split
 
 
 def sample(keys: Key[Array, 'batch'], process: Process, solver: Solver, denoiser: Denoiser, grid: np.ndarray,
@@ -39,6 +39,26 @@ def trajectory(keys: Key[Array, 'batch'], process: Process, solver: Solver, deno
   return (append(xs, x, end), append(x0s, estimate[0])) if estimate else (append(xs, end), x0s)
 
 
+def begin(keys: Key[Array, 'batch'], process: Process, grid: np.ndarray, shape: PyTree) -> PyTree:
+  """Draw x at grid[0] from the prior, as `sample` does with these keys."""
+  if isinstance(shape, tuple) and all(isinstance(size, int) for size in shape):
+    shape = jax.ShapeDtypeStruct(shape, jnp.result_type(float))
+  like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((len(keys), *leaf.shape), leaf.dtype), shape)
+  return process.prior(split(keys, 3)[0], like, process.level(grid[0]))
+
+
+def slerp(a: PyTree, b: PyTree, share: Float[Array, 'batch']) -> PyTree:
+  """sin((1 - share) angle) / sin(angle) a + sin(share angle) / sin(angle) b, along the great circle from a to b.
+
+  The angle is that between a and b over all entries of an example (Shoemake, Animating rotation with quaternion curves,
+  SIGGRAPH 1985). Independent noises keep their variance on the way; halfway along the straight line half of it is left.
+  Undefined where a = -b.
+  """
+  angle = jnp.arccos(jnp.clip(dot(a, b) / jnp.sqrt(dot(a, a) * dot(b, b)), -1.0, 1.0))
+  part = lambda share: share * jnp.sinc(share * angle / jnp.pi) / jnp.sinc(angle / jnp.pi)  # has a value at angle 0
+  return combine((part(1 - share), a), (part(share), b))
+
+
 def _pairs(grid: np.ndarray) -> tuple[Array, Array, Array]:
   """(number, t, s) of the moves that the solver makes: all, but for the last one where it ends at 0."""
   moves = len(grid) - 1 - (grid[-1] == 0)
@@ -54,12 +74,8 @@ def _prepare(keys, process, solver, denoiser, grid, shape, cond, start):
                      f'{times}.')
   if start is None and times[0] == 0:
     raise ValueError('A grid that begins at the data, t = 0, needs start=x0; got none.')
-  prior_keys, step_keys, last_keys = split(keys, 3)
-  if start is None:
-    if isinstance(shape, tuple) and all(isinstance(size, int) for size in shape):
-      shape = jax.ShapeDtypeStruct(shape, jnp.result_type(float))
-    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((len(keys), *leaf.shape), leaf.dtype), shape)
-    start = process.prior(prior_keys, like, process.level(grid[0]))
+  _, step_keys, last_keys = split(keys, 3)  # the first is for `begin`
+  start = begin(keys, process, grid, shape) if start is None else start
   denoise = lambda x, level: denoiser(x, level, cond)
   rises = bool(np.any(np.diff(grid) > 0)) and not solver.rises
   def walk(carry, now):

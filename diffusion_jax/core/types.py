@@ -10,10 +10,12 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 TIMES, NOISE, DROP, DROPOUT, LATENT, VIEW = range(6)  # what a training draw is for: Draw.part(TIMES)
 
 Cond = dict[str, PyTree] | None
-"""Raw conditions, one row an example ({'label': [B]}), or None. Two entries are not conditions. 'drop', {name: [B], bool},
-marks what the network replaces by its null: that is how training drops and how guidance asks for the unconditional.
-'negative', {name: condition}, is what guidance is to lead away from, in place of the null. The condition 'known' is no wish
-but what is known of x0: guidance leaves it in every branch."""
+"""Raw conditions, one row an example ({'label': [B]}), or None. The condition 'known' is no wish but what is known of x0:
+guidance leaves it in every branch. The entries `ASIDE` are not conditions. 'drop', {name: [B], bool}, marks what the
+network replaces by its null: that is how training drops and how guidance asks for the unconditional. 'negative', {name:
+condition}, is what guidance is to lead away from, in place of the null. 'towards', (share [B], {name: condition}), is what
+`blend` is to lead to, and how far."""
+ASIDE = 'drop', 'negative', 'towards'
 
 
 class Level(NamedTuple):

@@ -20,7 +20,7 @@ def run(config: ConfigDict, workdir: Path, asked: dict) -> int:
 
 
 def write(config: ConfigDict, workdir: Path, out: str | None = None, again: str | None = None, **asked) -> list[Path]:
-  """A PNG for each picture, and a sheet of all where there are several."""
+  """A PNG for each picture, a sheet of all where there are several, and a GIF of the first prompt's frames."""
   folder = Path(out) if out else workdir / 'generated'
   if again:
     if asked:
@@ -33,11 +33,15 @@ def write(config: ConfigDict, workdir: Path, out: str | None = None, again: str 
   paths = [picture.save(folder / f'{i:04d}.png') for i, picture in enumerate(made)]
   if len(made) > 1:
     paths.append(pictures.save_png(folder / 'sheet.png', images.render(np.stack([each.pixels for each in made]), columns)))
+  if 'frames' in asked:
+    frames = [images.render(each.pixels[None], 1) for each in made[:asked['frames']]]
+    paths.append(pictures.save_gif(folder / 'frames.gif', frames, 100))
   return paths
 
 
 def generate(config: ConfigDict, workdir: Path, prompt: str | None = None, prompts: str | None = None,
-             guidance: tuple[float, ...] = (), mask: str | None = None, **fields) -> tuple[list[Picture], int]:
+             guidance: tuple[float, ...] = (), mask: str | None = None, frames: int | None = None,
+             **fields) -> tuple[list[Picture], int]:
   """The pictures, and in how many columns to show them: a row a prompt, those of each scale of guidance together."""
   if prompt is not None and prompts is not None:
     raise ValueError('Both --prompt and --prompts are given: type one of them.')
@@ -47,6 +51,10 @@ def generate(config: ConfigDict, workdir: Path, prompt: str | None = None, promp
       fields[name] = read_image(fields[name], images.MODES[config.data.channels])
   if mask:
     fields['mask'] = read_image(mask, 'L')[..., 0] >= 128
+  if frames is not None:
+    if frames < 2:
+      raise ValueError(f'--frames is {frames}; a way has two ends: type 2 or more.')
+    fields['between'] = np.linspace(0, 1, frames)
   ask = load(workdir, config)
   scales = [ask(texts, **fields, **({} if scale is None else {'guidance': scale})) for scale in guidance or (None,)]
   count = len(scales[0]) // len(texts)

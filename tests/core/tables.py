@@ -172,10 +172,12 @@ GUIDANCE = {
   'apg': guidance.apg(2.5),
   'apg(radius)': guidance.apg(2.5, 0.5, 0.1),
   'perpendicular': guidance.perpendicular(2.5, {'label': 1}, 0.7),
+  'blend': guidance.blend(0.3, {'label': 1}),
   'autoguide': guidance.autoguide(2.5, lambda x, level, cond: Estimate(jax.tree.map(jnp.sin, x))),
   'classifier': guidance.classifier(lambda x, level, cond: -halves(x), 0.5),
   'energy': guidance.energy(lambda x0: halves(x0), 0.5),
   'chain': guidance.chain(guidance.guide(2.5), constraints.clip(0.4)),
+  'chain(blend)': guidance.chain(guidance.blend(0.3, {'label': 1}), guidance.guide(2.5)),
 }
 CONSTRAINTS = {
   'clip': constraints.clip(0.4),

@@ -92,6 +92,7 @@ INERT = {
   'rescale': guidance.rescale(1.0),
   'cfg_zero': guidance.cfg_zero(1.0),
   'apg': guidance.apg(1.0, radius=0.1),
+  'blend': guidance.blend(0.0, {'label': 3}),
   'autoguide': guidance.autoguide(1.0, WEAK),
   'classifier': guidance.classifier(lambda x, level, cond: -halves(x), 0.0),
   'energy': guidance.energy(halves, 0.0),
@@ -177,6 +178,47 @@ def test_a_negative_comes_with_the_condition_or_with_the_row(row):
   for i, label in enumerate(LABEL):
     alone = row(3.0, negative={'label': 1 - int(label)})(toy)(X[i:i + 1], level, {'label': label[None]}).x0
     np.testing.assert_allclose(out[i:i + 1], alone, rtol=1e-6)
+
+
+GUIDES = {name: getattr(guidance, name)(3.0) for name in ('guide', 'rescale', 'apg', 'cfg_zero')}
+AVOIDED = {'null': {}, 'negative': {'negative': {'label': jnp.full(4, 2)}}}
+
+
+@pytest.mark.parametrize('row, negative', [
+  (guidance.chain(), AVOIDED['null']), (guidance.perpendicular(3.0), AVOIDED['negative']),
+  *((row, negative) for row in GUIDES.values() for negative in AVOIDED.values())])
+def test_a_blend_at_its_ends_is_one_condition_or_the_other_whatever_guides_it(row, negative):
+  """Shares 0 and 1 side by side; neither the null nor the negative is blended, and the network sees no 'towards'."""
+  def unseen(x, level, cond):
+    assert 'towards' not in cond and set(cond.get('drop', ())) <= {'label'}
+    return toy(x, level, cond)
+  share, level = jnp.array([0.0, 1.0, 0.0, 1.0]), PROCESS.level(0.5)
+  cond = {'label': LABEL, 'towards': (share, {'label': 1 - LABEL}), **negative}
+  out = row(guidance.blend()(unseen))(X, level, cond).x0
+  np.testing.assert_allclose(out, row(toy)(X, level, {'label': jnp.where(share == 1, 1 - LABEL, LABEL), **negative}).x0,
+                             rtol=1e-6, atol=1e-6)
+
+
+@over('negative', AVOIDED)
+def test_guidance_leads_the_blend_away_from_what_is_not_blended(negative):
+  """x0 is a number for each condition: 0, 1 and, for the null and the negative, 4. One call of all four branches."""
+  sizes = []
+  def denoise(x, level, cond):
+    sizes.append(len(x))
+    label = jnp.where(cond['drop']['label'], 2, cond['label']) if 'drop' in cond else cond['label']
+    return Estimate(jnp.array([0.0, 1.0, 4.0])[label][:, None] + 0 * x)
+  share = jnp.array([0.0, 0.25, 0.5, 1.0])
+  cond = {'label': jnp.zeros(4, int), 'towards': (share, {'label': jnp.ones(4, int)}), **negative}
+  out = guidance.chain(guidance.blend(), guidance.guide(3.0))(denoise)(X, PROCESS.level(0.5), cond).x0
+  np.testing.assert_allclose(out[:, 0], 4 + 3 * (share - 4), rtol=1e-6)
+  assert sizes == [16]
+
+
+def test_a_blend_of_a_row_s_own_goes_around_that_of_the_condition():
+  cond = {'label': jnp.zeros(4, int), 'towards': (jnp.full(4, 0.5), {'label': jnp.ones(4, int)})}
+  out = guidance.chain(guidance.blend(), guidance.blend(0.2, {'label': 2}))(toy)(X, PROCESS.level(0.5), cond).x0
+  zero, one, two = (toy(X, PROCESS.level(0.5), {'label': jnp.full(4, label)}).x0 for label in range(3))
+  np.testing.assert_allclose(out, 0.4 * zero + 0.4 * one + 0.2 * two, atol=1e-6)
 
 
 def test_perpendicular_needs_a_negative():
@@ -281,6 +323,24 @@ def test_guidance_between_gaussians_of_one_covariance_is_a_gaussian(row, x64):
   level = PROCESS.level(np.array([0.05, 0.4, 0.8, 1.0]))
   out = jax.jit(make(avoided.denoiser(PROCESS))(denoise))(precise(), level, {'label': jnp.ones(4, jnp.int32)})
   np.testing.assert_allclose(out.x0, of_mean(given, mean).denoiser(PROCESS)(precise(), level).x0, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize('share', [0.3, 1.0, 1.4])
+def test_a_blend_is_the_denoiser_of_the_geometric_mixture(share, x64):
+  """p^(1 - share) q^share of two noised normal laws is normal: their precisions are averaged, and these times the means."""
+  laws, shares = (LAW, oracles.Gaussian(np.array([-1.0, 0.4]), np.array([[0.3, -0.1], [-0.1, 0.9]]))), (1 - share, share)
+  def denoise(x, level, cond):
+    x0s = [law.denoiser(PROCESS)(x, level).x0 for law in laws]
+    return Estimate(jnp.where(cond['label'][:, None] == 0, *x0s))
+  run = jax.jit(lambda level: guidance.blend(share, {'label': 1})(denoise)(precise(), level, {'label': jnp.zeros(4, int)}))
+  for t in (0.05, 0.4, 0.8):
+    level = PROCESS.level(t)
+    alpha, variance = float(level.alpha), float(level.sigma)**2 * np.eye(2)
+    precisions = [each * np.linalg.inv(alpha**2 * np.asarray(law.covariance) + variance)
+                  for each, law in zip(shares, laws, strict=True)]
+    pull = sum(precision @ (alpha * np.asarray(law.mean)) for precision, law in zip(precisions, laws, strict=True))
+    score = pull - np.asarray(precise()) @ sum(precisions)
+    np.testing.assert_allclose(run(level).x0, (precise() + score @ variance) / alpha, rtol=0, atol=1e-9)
 
 
 def test_perp_neg_keeps_what_the_conditions_share(x64):
@@ -423,9 +483,13 @@ def test_nothing_is_added_where_the_factor_has_no_value(row):
   (lambda: guidance.apg(2.0, radius=0.0), 'apg needs radius > 0; got 0.0.'),
   (lambda: guidance.apg(2.0, float('nan')), 'apg needs a finite parallel; got nan.'),
   (lambda: guidance.guide(2.0, negative={'colour': 1})(Counted())(X, PROCESS.level(0.5), {'label': LABEL, 'text': X}),
-   "negative={'colour': ...} replaces an entry that cond has not; it has 'label', 'text'."),
+   "{'colour': ...} is to replace an entry that cond has not; it has 'label', 'text'."),
   (lambda: guidance.guide(2.0, negative={'label': 1})(Counted())(X, PROCESS.level(0.5), None),
-   "negative={'label': ...} replaces an entry that cond has not; it has none."),
+   "{'label': ...} is to replace an entry that cond has not; it has none."),
+  (lambda: guidance.blend(0.5)(Counted()), 'blend needs both share and towards, or neither; got 0.5 and None.'),
+  (lambda: guidance.blend(float('inf'), {'label': 1}), 'blend needs a finite share; got inf.'),
+  (lambda: guidance.blend()(Counted())(X, PROCESS.level(0.5), {'label': LABEL}),
+   "blend needs where to go: blend(0.5, {'label': 3}), or an entry 'towards' of cond."),
   (lambda: guidance.energy(lambda x0: x0)(LAW.denoiser(PROCESS))(X, PROCESS.level(0.5), None),
    'function gives one number an example, shape (4,) here; got (4, 2).'),
   (lambda: guidance.classifier(lambda x, level, cond: jnp.sum(x))(LAW.denoiser(PROCESS))(X, PROCESS.level(0.5), None),

@@ -49,6 +49,57 @@ def test_a_start_follows_the_exact_flow_up_and_down():
   np.testing.assert_allclose(run(grid), start, atol=1e-3)
 
 
+def test_it_begins_at_the_prior_of_its_keys():
+  grid = np.linspace(1, 0, 4)
+  run = partial(sampling.sample, keys(3), PROCESS, SOLVERS['ancestral'], DENOISE, grid, (2,))
+  np.testing.assert_array_equal(run(start=sampling.begin(keys(3), PROCESS, grid, (2,))), run())
+
+
+def noises(count, size):
+  """Two trees of normal noise."""
+  draw = lambda seed: {'a': jax.random.normal(jax.random.key(seed), (count, size, 2)),
+                       'b': jax.random.normal(jax.random.key(seed + 1), (count,))}
+  return draw(0), draw(2)
+
+
+def flat(tree):
+  return np.concatenate([np.reshape(leaf, (len(leaf), -1)) for leaf in jax.tree.leaves(tree)], 1).astype(np.float64)
+
+
+def test_slerp_ends_where_it_should_and_each_example_goes_its_own_way():
+  a, b = noises(4, 3)
+  out = sampling.slerp(a, b, jnp.array([0.0, 1.0, 0.0, 1.0]))
+  np.testing.assert_array_equal(flat(out), np.where([[0], [1], [0], [1]], flat(b), flat(a)))
+
+
+def test_slerp_turns_at_one_speed_and_keeps_the_norm(x64):
+  a, b = noises(5, 3)
+  b = jax.tree.map(lambda leaf, factor=np.linalg.norm(flat(a), axis=1) / np.linalg.norm(flat(b), axis=1):
+                   leaf * factor.reshape(-1, *[1] * (leaf.ndim - 1)), b)
+  share = np.array([0.1, 0.25, 0.5, 0.7, 0.95])
+  out, a, b = flat(sampling.slerp(a, b, jnp.asarray(share))), flat(a), flat(b)
+  angle = lambda x, y: np.arccos((x * y).sum(1) / np.linalg.norm(x, axis=1) / np.linalg.norm(y, axis=1))
+  np.testing.assert_allclose(np.linalg.norm(out, axis=1), np.linalg.norm(a, axis=1), rtol=1e-12)
+  np.testing.assert_allclose(angle(a, out), share * angle(a, b), rtol=1e-9)
+  np.testing.assert_allclose(angle(out, b), (1 - share) * angle(a, b), rtol=1e-9)
+
+
+@pytest.mark.parametrize('gap', [0.0, 1e-7, 1e-4])
+def test_slerp_of_the_nearly_equal_is_the_mean(gap):
+  a, other = noises(4, 3)
+  b = jax.tree.map(lambda leaf, far: leaf + gap * far, a, other)
+  out = sampling.slerp(a, b, jnp.full(4, 0.3))
+  np.testing.assert_allclose(flat(out), 0.7 * flat(a) + 0.3 * flat(b), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize('share', [0.2, 0.5])
+def test_slerp_of_independent_noise_is_as_wide_as_they_are(share):
+  """Of n entries the variance is 1 within 4 standard errors, and their law is normal."""
+  x = flat(sampling.slerp(*noises(4, 20_000), jnp.full(4, share)))
+  assert (np.abs(x.var(1) - 1) < 4 * np.sqrt(2 / x.shape[1])).all()
+  assert all(stats.kstest(row, stats.norm.cdf).pvalue > 1e-3 for row in x)
+
+
 @over('schedule', REACHING_NOISE)
 def test_one_step_from_pure_noise_gives_the_mean(schedule):
   process = Gaussian(schedule)
