@@ -9,6 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import ndimage
 
+from diffusion_jax.metrics.share import share
+
 COLOURS = {'red': (255, 0, 0), 'green': (0, 160, 0), 'blue': (40, 60, 255), 'yellow': (255, 225, 0),
            'purple': (190, 0, 230), 'white': (255, 255, 255)}
 FORMS = {'square': ('####', '####', '####', '####'), 'ring': ('####', '#..#', '#..#', '####'),
@@ -163,12 +165,3 @@ def score(samples: np.ndarray, prompts: list[str]) -> dict[str, dict]:
     named['all'] = [all(answer.values()) for answer in answers]
     scores |= {f'{group}{name}': share(values) for name, values in named.items() if values}
   return scores
-
-
-def share(values: list[bool]) -> dict[str, float]:
-  """The share of truths, with Wilson's score interval of 95 % (J. Am. Stat. Assoc. 22:209, 1927)."""
-  count, z = len(values), 1.959964
-  p = float(np.mean(values))
-  middle, half = p + z**2 / (2 * count), z * np.sqrt(p * (1 - p) / count + z**2 / (4 * count**2))
-  low, high = ((middle + sign * half) / (1 + z**2 / count) for sign in (-1, 1))
-  return {'samples': p, 'low': float(low), 'high': float(high), 'count': count}

@@ -2,7 +2,6 @@
 import importlib
 import os
 import re
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -23,19 +22,26 @@ def load(name):
   return importlib.import_module(f'configs.{name}').get_config()
 
 
-def pictures(folder, size, channels):
-  """Sixty-four random images in two classes."""
+def stand_in(config, folder):
+  """The same config with sixty-four random images, in two classes or with captions, where it reads files."""
+  if config.data.source in OWN:
+    return config
+  config.data.source, config.data.holdout, config.data.path = 'folder', 16, str(folder)
+  size, channels = config.data.size, config.data.channels
   rng = np.random.default_rng(0)
   for i in range(64):
-    path = Path(folder) / 'ab'[i % 2] / f'{i}.png'
+    path = folder / 'ab'[i % 2] / f'{i}.png'
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = rng.integers(0, 256, (*size, channels), dtype=np.uint8)
     Image.fromarray(pixels.squeeze(-1) if channels == 1 else pixels).save(path)
-  return str(folder)
+  if config.task == 'captions':
+    lines = [f'{path.relative_to(folder)},picture {path.stem}' for path in sorted(folder.glob('*/*'))]
+    (folder / 'metadata.csv').write_text('\n'.join(['file_name,text', *lines]))
+  return config
 
 
 def shrunk(config, folder):
-  """The same config with a small network, few steps, and, where it reads files, a folder of random images."""
+  """The same config with a small network, few steps and random images."""
   config.network = re.sub(r'\bchannels=\d+', 'channels=8', re.sub(r'head_channels=\d+', 'head_channels=8', config.network))
   config.network = re.sub(r'\bblocks=\d+', 'blocks=1', config.network)
   config.grid = re.sub(r'(uniform|linspace)\(\d+', r'\1(3', config.grid)
@@ -44,10 +50,7 @@ def shrunk(config, folder):
   config.evaluate.count = config.evaluate.batch = 8
   config.data.count, config.data.holdout = 40, 10
   config.evaluate.transforms = config.evaluate.transforms[-1:]
-  if config.data.source not in OWN:
-    config.data.source, config.data.holdout = 'folder', 16
-    config.data.path = pictures(folder, config.data.size, config.data.channels)
-  return config
+  return stand_in(config, folder)
 
 
 @pytest.mark.slow  # test_train.py and test_generate.py train a small run of each task
@@ -62,11 +65,7 @@ def test_config_trains_saves_restores_and_samples(name, tmp_path):
 def test_config_is_sound_at_full_size(name, tmp_path):
   """Everything that it names is built, and its network and sampler are traced; nothing is compiled. A published network
   has its published size (see tests/networks/test_unet.py; a null class more)."""
-  config = load(name)
-  if config.data.source not in OWN:
-    config.data.source, config.data.holdout = 'folder', 16
-    config.data.path = pictures(tmp_path / 'images', config.data.size, config.data.channels)
-  this = open_run(config, tmp_path / 'run', read=True)
+  this = open_run(stand_in(load(name), tmp_path / 'images'), tmp_path / 'run', read=True)
   params, _ = jax.eval_shape(this.method.init, jax.random.key(0))
   size = sum(leaf.size for leaf in jax.tree.leaves(params))
   assert size == PARAMETERS.get(name, size)

@@ -5,12 +5,14 @@ import numpy as np
 import pytest
 from scipy.linalg import sqrtm
 from scipy.spatial.distance import cdist
+from scipy.stats import binomtest
 from sklearn.metrics.pairwise import polynomial_kernel
 
 from diffusion_jax.metrics.classifier import fit_svm
 from diffusion_jax.metrics.frechet import frechet_distance, moments
 from diffusion_jax.metrics.kid import kernel_distance
 from diffusion_jax.metrics.neighbours import nearest_distances
+from diffusion_jax.metrics.share import share
 
 
 def whitened(count, dimensions, seed):
@@ -111,3 +113,9 @@ def test_svm_tells_two_blobs_and_a_ring_apart():
   labels = np.repeat([3, 7, 9], [50, 50, 100])
   predict = fit_svm(np.concatenate([blobs, ring]), labels)
   np.testing.assert_array_equal(predict(np.array([[-2.0, -2], [2, 2], [8, 0], [0, -8], [-5.7, 5.7]])), [3, 7, 9, 9, 9])
+
+
+def test_the_interval_is_wilson_s():
+  for values in ([True] * 30, [True] * 7 + [False] * 20, [False] * 5):
+    row, law = share(values), binomtest(sum(values), len(values)).proportion_ci(method='wilson')
+    np.testing.assert_allclose([row['low'], row['high']], [law.low, law.high], atol=1e-6)
