@@ -17,14 +17,14 @@ def get_config():
   config.data.size = (16, 16)
   config.data.channels = 3
   config.data.holdout = 2000
-  config.network = ('UNet(channels=32, multipliers=(1, 2, 2), blocks=1, attention=(False, True, True), '
+  config.network = ('UNet(channels=32, multipliers=(1, 2, 4), blocks=1, attention=(False, True, True), head_channels=16, '
                     'modulation="scale_shift")')
   config.text.encoder = 'CLIPText(width=64, layers=2, heads=4)'
   config.text.length = 10
   config.text.vocabulary = 384
   config.times = 'shift(stratified(), 2.5)'  # where the places and numbers of things are decided
   config.grid = 'shift(uniform(50), 2.5)'
-  config.train.steps = 2200
+  config.train.steps = 2600
   config.train.batch = 64
   config.train.ema = (0.995,)
   config.optimizer.rate = 2e-3
@@ -33,5 +33,6 @@ def get_config():
   config.optimizer.weight_decay = 0.01
   config.checkpoint.every = 500
   config.transform = 'guide(3.0) | clip(1.0)'
-  config.evaluate.transforms = ('clip(1.0)', 'guide(3.0) | clip(1.0)')
+  config.solver = 'dpm_2m(1.0)'
+  config.evaluate.transforms = ('guide(3.0) | clip(1.0)',)
   return config

@@ -1,0 +1,16 @@
+"""Coloured shapes with the transformer in place of the U-Net: what is not here is as in shapes.py.
+
+paper     adaLN-zero (arXiv:2212.09748) with cross-attention to the text (arXiv:2310.00426)
+COMMAND   bash run.sh configs/shapes_dit.py
+hardware  2 CPU cores
+hours     0.4
+expected  as shapes.py; see experiments/shapes
+"""
+from configs import shapes
+
+
+def get_config():
+  config = shapes.get_config()
+  config.network = 'DiT(width=128, depth=6, heads=4, patch=2, attend="cross", qk_norm=True)'
+  config.optimizer.rate = 1e-3
+  return config
