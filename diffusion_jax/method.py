@@ -270,5 +270,5 @@ def _build(config: ConfigDict, field: str, names: dict[str, Callable]) -> Any:
 
 def _example(task: Task) -> tuple[jax.Array, dict | None]:
   """One example of zeros, for shapes."""
-  cond = task.context(np.zeros(1, np.int32))
+  cond = jax.tree.map(lambda leaf: jnp.zeros((1, *leaf.shape), leaf.dtype), task.null)
   return jnp.zeros((1, *task.shape)), cond

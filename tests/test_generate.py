@@ -145,6 +145,13 @@ def test_a_negative_and_a_scale_change_the_picture(generate):
   assert not near(plain, away) and not near(plain, far)
 
 
+def test_a_run_has_a_negative_of_its_own(generate, workdir):
+  config = load_complete(workdir)
+  config.sample.negative = 'a blue square'
+  own, asked = load(workdir, config)([PROMPTS[0]])[0], generate([PROMPTS[0]], negative='a blue square')[0]
+  np.testing.assert_array_equal(own.pixels, asked.pixels)
+
+
 def test_the_empty_prompt_is_the_null(generate):
   null, empty = generate([PROMPTS[0]], guidance=0.0)[0], generate([''])[0]
   assert near(null, empty)
