@@ -140,7 +140,8 @@ def make_network(config: ConfigDict, task: Task) -> nn.Module:
   backbone = backbone.clone(out_channels=channels, axes=len(task.shape) - 1)
   size, dtype = backbone.vector_size, backbone.param_dtype
   make = {'label': lambda: embed.Label(task.classes, size, dtype),
-          'text': lambda: embed.Text(make_encoder(config), size, dtype)}
+          'text': lambda: (embed.FrozenText(size, dtype) if config.text.frozen else
+                           embed.Text(make_encoder(config), size, dtype))}
   net = embed.Conditional(backbone, {name: make[name]() for name in task.null or {}})
   x, cond = _example(task)
   jax.eval_shape(net.init, jax.random.key(0), x, jnp.zeros(1), cond)
@@ -149,9 +150,7 @@ def make_network(config: ConfigDict, task: Task) -> nn.Module:
 
 def make_encoder(config: ConfigDict) -> nn.Module:
   """The text encoder of config.text.encoder, which takes as many tokens as config.text says."""
-  sizes = config.text.vocabulary, config.text.length
-  return _build(config, 'text.encoder', {'CLIPText': partial(text.CLIPText, *sizes),
-                                         'T5Encoder': partial(text.T5Encoder, sizes[0])})
+  return _build(config, 'text.encoder', text.encoders(config.text.vocabulary, config.text.length))
 
 
 def _drops(config: ConfigDict, names: list[str], keys: jax.Array) -> dict[str, jax.Array]:
