@@ -51,7 +51,10 @@ def get_config():
 
   # The text of captions
   config.text = ConfigDict()
-  config.text.encoder = 'CLIPText(width=128, layers=4, heads=4)'  # networks/text.py, trained with the network
+  config.text.encoder = 'CLIPText(width=128, layers=4, heads=4)'  # networks/text.py
+  # The workdir of a trained run whose text encoder is taken as it is, its embeddings of the captions kept on disk; '': the
+  # encoder is trained with the network.
+  config.text.frozen = ''
   config.text.length = 16  # tokens of a text, its start and end counted
   config.text.long = 'cut'  # a text with more: 'cut', which is said, or 'refuse'
   config.text.tokenizer = ''  # a file of the tokenizers library; '': a byte-level BPE trained on the captions

@@ -141,7 +141,8 @@ def make_network(config: ConfigDict, task: Task) -> nn.Module:
   backbone = backbone.clone(out_channels=channels, axes=len(task.shape) - 1)
   size, dtype = backbone.vector_size, backbone.param_dtype
   make = {'label': lambda: embed.Label(task.classes, size, dtype),
-          'text': lambda: embed.Text(make_encoder(config), size, dtype),
+          'text': lambda: (embed.FrozenText(size, dtype) if config.text.frozen else
+                           embed.Text(make_encoder(config), size, dtype)),
           'reference': lambda: embed.Reference(make_reference(config), size, dtype),
           'known': embed.Known}
   net = embed.Conditional(backbone, {name: make[name]() for name in task.null or {}})
@@ -152,9 +153,7 @@ def make_network(config: ConfigDict, task: Task) -> nn.Module:
 
 def make_encoder(config: ConfigDict) -> nn.Module:
   """The text encoder of config.text.encoder, which takes as many tokens as config.text says."""
-  sizes = config.text.vocabulary, config.text.length
-  return _build(config, 'text.encoder', {'CLIPText': partial(text.CLIPText, *sizes),
-                                         'T5Encoder': partial(text.T5Encoder, sizes[0])})
+  return _build(config, 'text.encoder', text.encoders(config.text.vocabulary, config.text.length))
 
 
 def make_reference(config: ConfigDict) -> nn.Module:
@@ -278,5 +277,5 @@ def _build(config: ConfigDict, field: str, names: dict[str, Callable]) -> Any:
 
 def _example(task: Task) -> tuple[jax.Array, dict | None]:
   """One example of zeros, for shapes."""
-  cond = task.context(np.zeros(1, np.int32))
+  cond = jax.tree.map(lambda leaf: jnp.zeros((1, *leaf.shape), leaf.dtype), task.null)
   return jnp.zeros((1, *task.shape)), cond

@@ -39,7 +39,8 @@ class Run(NamedTuple):
 
 
 def open_run(config: ConfigDict, workdir: Path, read: bool, devices: Sequence[jax.Device] | None = None) -> Run:
-  """Check a config and build what it names, with its data if `read`. Nothing is compiled and nothing is written.
+  """Check a config and build what it names, with its data if `read`. Nothing is written and nothing compiled, but, at the
+  end, the frozen encoder of a text that is about to be sampled with guidance for the first time.
 
   `devices` are by default those of this job.
 
@@ -167,13 +168,8 @@ def trained(run: Run) -> State:
 
 
 def chosen_ema(config: ConfigDict) -> str:
-  """The name of the parameters to sample: a decay of train.ema, or '0.0' for the parameters themselves."""
-  decays, wanted = tuple(config.train.ema), config.sample.ema
-  if wanted == -1:
-    return str(decays[0]) if decays else '0.0'
-  if wanted != 0 and wanted not in decays:
-    raise ValueError(f'config.sample.ema is {wanted}; this run keeps {decays}, 0.0 means the parameters themselves.')
-  return str(float(wanted))
+  """The name of the parameters to sample, of those that a run of this config keeps."""
+  return optimizers.chosen_ema(config.train.ema, config.sample.ema)
 
 
 def chosen_params(run: Run, state: State) -> PyTree:

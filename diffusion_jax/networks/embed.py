@@ -6,6 +6,9 @@ from flax import linen as nn
 from jax import numpy as jnp
 from jaxtyping import Array
 
+ENCODER = 'params', 'embedders_text', 'encoder'
+"""The path of the parameters of the encoder in a `Text` that is the embedder 'text' of a `Conditional`."""
+
 
 class Conditioning(NamedTuple):
   """The three things that every backbone consumes: by modulation, by attention, by concatenation to its input."""
@@ -39,6 +42,18 @@ class Text(nn.Module):
     encoded = self.encoder(text['tokens'], text['mask'])
     vector = nn.Dense(self.size, param_dtype=self.param_dtype, name='vector')(encoded.pooled)
     return Conditioning(vector, encoded.sequence, text['mask'])
+
+
+class FrozenText(nn.Module):
+  """A text as a frozen encoder has it, {'sequence': [B, L, D], 'pooled': [B, P], 'mask': [B, L]}: its pooled vector becomes
+  one of `size`."""
+  size: int
+  param_dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, text):
+    vector = nn.Dense(self.size, param_dtype=self.param_dtype, name='vector')(text['pooled'])
+    return Conditioning(vector, text['sequence'], text['mask'])
 
 
 class Reference(nn.Module):

@@ -3,6 +3,7 @@
 Parameters have the architectures' own names, without the groups between a layer and its products: layers_0/q_proj.
 """
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -22,6 +23,11 @@ class Encoded(NamedTuple):
   """A text as a vector a token and as one vector."""
   sequence: Array  # [B, L, D], also for the padding, which reaches no real token
   pooled: Array  # [B, P]
+
+
+def encoders(vocabulary: int, length: int) -> dict[str, Callable[..., nn.Module]]:
+  """The encoders by name, for texts of at most `length` of `vocabulary` tokens."""
+  return {'CLIPText': partial(CLIPText, vocabulary, length), 'T5Encoder': partial(T5Encoder, vocabulary)}
 
 
 class CLIPText(nn.Module):

@@ -82,7 +82,7 @@ class Checkpoints:
 
   def steps(self) -> list[int]:
     """The steps that have a complete checkpoint, in order."""
-    return sorted(int(path.name) for path in self.folder.glob('*') if path.is_dir() and path.name.isdigit())
+    return _steps(self.folder)
 
   def restore(self, target: Any) -> Any | None:
     """The newest state whose checksums are right, on the shardings of `target` (jax.ShapeDtypeStruct), None without any.
@@ -135,6 +135,41 @@ class Checkpoints:
     self._orbax.close()
 
 
+def read_part(folder: Path, *names: str) -> Any | None:
+  """What lies under `names`, such as 'ema' and '0.999', in the newest state in `folder`, as numpy arrays; None where there
+  is no state or it has no such part.
+
+  The folder may be that of another run, even one that goes on: nothing in it is changed, and all processes read the step
+  that the first of them found. Raises ValueError where the state is damaged.
+  """
+  step = _from_first(max(_steps(folder), default=-1))
+  if step < 0:
+    return None
+  path = folder / str(step)
+  reason = manifest.damage(path, jax.process_index(), jax.process_count())
+  if _any_process(bool(reason)):
+    raise ValueError(f'The checkpoint {path} is damaged ({reason or "as another process found"}). Sample that run, with '
+                     '--mode=sample, which sets it aside and takes the one before it.')
+  handler = ocp.PyTreeCheckpointHandler()
+  part = handler.metadata(path).tree
+  for name in names:
+    part = part.get(name) if isinstance(part, dict) else None
+  if part is None:
+    return None
+  wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), part)
+  how = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), part)
+  for name in reversed(names):
+    wanted, how = {name: wanted}, {name: how}
+  found = handler.restore(path, args=ocp.args.PyTreeRestore(wanted, restore_args=how, partial_restore=True))
+  for name in names:
+    found = found[name]
+  return found
+
+
+def _steps(folder: Path) -> list[int]:
+  return sorted(int(path.name) for path in folder.glob('*') if path.is_dir() and path.name.isdigit())
+
+
 def _sweep(folder: Path) -> None:
   """Delete a folder, if it is there."""
   if folder.exists():
@@ -147,3 +182,11 @@ def _any_process(flag: bool) -> bool:
     return flag
   from jax.experimental import multihost_utils
   return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+
+
+def _from_first(number: int) -> int:
+  """The number that the first process has; all of them come here before one leaves."""
+  if jax.process_count() == 1:
+    return number
+  from jax.experimental import multihost_utils
+  return int(multihost_utils.broadcast_one_to_all(np.int32(number)))

@@ -83,7 +83,8 @@ def _put(batch: PyTree, mesh: Mesh, parts: int) -> PyTree:
   where = by_example(mesh)
   whole = lambda rows: (parts * len(rows), *rows.shape[1:])
   with jax.transfer_guard_host_to_device('allow'):  # JAX takes those of several processes for implicit
-    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(where, rows, whole(rows)), batch)
+    put = lambda rows: jax.make_array_from_process_local_data(where, np.asarray(rows), whole(rows))  # they may be lazy
+    return jax.tree.map(put, batch)
 
 
 def gather(rows: jax.Array) -> np.ndarray:

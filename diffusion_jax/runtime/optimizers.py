@@ -1,4 +1,6 @@
 """Optimizers, and moving averages of the parameters."""
+from collections.abc import Sequence
+
 import jax
 import optax
 from jax import numpy as jnp
@@ -24,6 +26,16 @@ def adamw(rate: optax.Schedule, b1: float, b2: float, eps: float, weight_decay: 
 def ema_decay(decay: float, step: Array) -> Array:
   """The decay at a step, with a ramp-up so that the first parameters are soon forgotten: min(decay, (1 + n) / (10 + n))."""
   return jnp.minimum(decay, (1 + step) / (10 + step))
+
+
+def chosen_ema(decays: Sequence[float], wanted: float) -> str:
+  """The name of the parameters to sample: a decay of train.ema, by default (-1) the first, or '0.0' for the parameters
+  themselves."""
+  if wanted == -1:
+    return str(decays[0]) if decays else '0.0'
+  if wanted != 0 and wanted not in decays:
+    raise ValueError(f'config.sample.ema is {wanted}; this run keeps {tuple(decays)}, 0.0 means the parameters themselves.')
+  return str(float(wanted))
 
 
 def update_emas(emas: dict[str, PyTree], params: PyTree, step: Array) -> dict[str, PyTree]:

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from diffusion_jax.runtime import input as inputs
 from diffusion_jax.runtime.workdir import write_json
-from diffusion_jax.tasks import images, shapes, sources, tokenizers
+from diffusion_jax.tasks import encoders, images, shapes, sources, tokenizers
 from diffusion_jax.tasks.task import Task, stored
 
 TOKENIZER, PROMPTS = 'text/tokenizer.json', 'text/prompts.json'  # in the workdir, so that sampling needs no data
@@ -25,30 +25,34 @@ def make_task(config: ConfigDict, read: bool, workdir: Path) -> Task:
     raise ValueError(f'config.sample.labels is {wanted.labels} and config.data.classes {data.classes}, but captions have '
                      'no classes: leave them empty and -1.')
   splits = load(config) if read else None
-  tokenizer = find_tokenizer(text, workdir, splits)
+  home = encoders.home(text, workdir, read)
+  tokenizer = find_tokenizer(text, home, None if text.frozen else splits)
   held_out = splits.test.prompts if read else stored(workdir, PROMPTS, ('',))
   prompts = list(wanted.prompts) or held_out
-  def encode(texts, long='cut'):
+  def tokenize(texts, long='cut'):
     try:
       tokens, mask = tokenizer.encode(texts, text.length, long) if tokenizer else blank(len(texts), text.length)
     except ValueError as error:
       raise ValueError(f'config.text.length is {text.length} and config.text.long {text.long!r}: {error}') from error
     return {'tokens': tokens, 'mask': mask}
-  ask = lambda texts: {'text': encode(texts, text.long)}
+  empty = tokenize([''])
+  encoder = encoders.open_frozen(text, home, workdir, empty) if text.frozen else encoders.Trained(empty)
+  ask = lambda texts: {'text': encoder.embed(tokenize(texts, text.long))}
   titles = lambda index: [prompts[i % len(prompts)] for i in index]
-  # What is sampled is encoded now, so that a text that is too long is said, or refused if it was typed, before all else.
-  asked, avoided = {'text': encode(prompts, text.long if wanted.prompts else 'cut')}, ask([wanted.negative])
-  known = Captions(encode(splits.train.texts), splits.train.texts) if read else None
+  # What is sampled becomes tokens now, so that a text that is too long is said, or refused if it was typed, before all.
+  asked, avoided = tokenize(prompts, text.long if wanted.prompts else 'cut'), tokenize([wanted.negative], text.long)
+  captions = tokenize(splits.train.texts) if read else None
   def context(index):
-    rows = lambda cond, numbers: jax.tree.map(lambda leaf: leaf[numbers], cond)
+    rows = lambda tokens, numbers: {'text': encoder.embed({name: leaf[numbers] for name, leaf in tokens.items()})}
     negative = {'negative': rows(avoided, np.zeros_like(index))} if wanted.negative else {}
     return {**rows(asked, index % len(prompts)), **negative}
-  null = jax.tree.map(lambda leaf: leaf[0], {'text': encode([''])})
+  null = {'text': encoder.null}
   shape = (*data.size, data.channels)
   def save(folder):
     (folder / 'text').mkdir(exist_ok=True)
     if not (folder / TOKENIZER).exists():  # else it is the one that was read from there
       tokenizer.save(folder / TOKENIZER)
+    encoder.save(folder)
     write_json(folder / PROMPTS, held_out)
   return Task(
       shape=shape,
@@ -58,7 +62,8 @@ def make_task(config: ConfigDict, read: bool, workdir: Path) -> Task:
       row={'x': jax.ShapeDtypeStruct(shape, np.uint8),
            **{name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in null['text'].items()}},
       batches=lambda step, batch, process, processes: inputs.batches(
-          splits.train, known.augment(data.flip), config.seed, batch, step, process, processes),
+          splits.train, Captions(encoder.keep(captions), splits.train.texts).augment(data.flip), config.seed, batch, step,
+          process, processes),
       encode=lambda rows: (images.encode(rows['x']), {'text': {name: rows[name] for name in null['text']}}),
       drawn=lambda keys, x0, cond: cond,
       context=context,
@@ -66,20 +71,20 @@ def make_task(config: ConfigDict, read: bool, workdir: Path) -> Task:
       titles=titles,
       decode=images.decode,
       render=images.render,
-      examples=lambda split, most: examples(splits, split, most, encode),
+      examples=lambda split, most: examples(splits, split, most, lambda texts: encoder.embed(tokenize(texts))),
       metrics=lambda samples, titles: score(samples, titles, splits, config.evaluate.reference, data.source == 'shapes'),
       skipped=lambda: images.skipped(splits),
       save=save)
 
 
 class Captions:
-  """The captions of a training set as tokens, of which each example has one drawn whenever it is read."""
+  """The captions of a training set, encoded, of which each example has one drawn whenever it is read."""
 
   def __init__(self, encoded: dict[str, np.ndarray], texts: list[str]):
     self.encoded, self.number = encoded, {text: i for i, text in enumerate(texts)}
 
   def augment(self, flip: bool):
-    """The example with one of its captions, as tokens; and mirrored every second time, if `flip`."""
+    """The example with one of its captions, encoded; and mirrored every second time, if `flip`."""
     def choose(example, rng):
       texts = example.pop('captions')
       number = self.number[texts[rng.integers(len(texts))]]
@@ -140,9 +145,10 @@ def blank(count: int, length: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def examples(splits: sources.Splits, split: str, most: int, encode: Any) -> dict[str, np.ndarray]:
-  """The images and first captions, as tokens, of at most `most` examples."""
+  """The images and first captions, encoded, of at most `most` examples."""
   rows = images.chosen(splits.train if split == 'train' else splits.test, most)
-  return {'x': np.stack([each['x'] for each in rows]), **encode([each['captions'][0] for each in rows])}
+  encoded = encode([each['captions'][0] for each in rows])
+  return {'x': np.stack([each['x'] for each in rows]), **{name: np.asarray(value) for name, value in encoded.items()}}
 
 
 def score(samples: np.ndarray, prompts: list[str], splits: sources.Splits, reference: int, rule: bool) -> dict[str, Any]:

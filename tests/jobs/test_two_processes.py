@@ -30,6 +30,23 @@ def test_two_processes_are_one(tmp_path, mesh, parts):
 
 
 @pytest.mark.slow
+def test_two_processes_share_the_embeddings_of_a_frozen_encoder(tmp_path):
+  """The first of them writes the files, the other waits; the null is the same in the programs of both."""
+  fields = FIELDS | dict(task='captions', data__source='shapes', data__size=(16, 16), data__channels=3, data__count=40,
+                         data__holdout=8, text__encoder='CLIPText(width=16, layers=1, heads=2)', text__length=32,
+                         transform='guide(2.0) | clip(1.0)', log__samples=0)
+  train.run(tiny(**fields | dict(mesh='data=1', train__steps=2, sample__count=0)), tmp_path / 'source')
+  fields['text__frozen'] = str(tmp_path / 'source')
+  status, outputs = ends(start_two(tmp_path / 'two', *flags(**fields)))
+  assert status == [0, 0], '\n'.join(outputs)
+  assert outputs[0].count('Embedding') == 1 and 'Embedding' not in outputs[1]
+  train.run(tiny(**fields | dict(mesh='data=1')), tmp_path / 'one')
+  two, one = (losses(tmp_path / name) for name in ('two', 'one'))
+  np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=1e-5)
+  np.testing.assert_allclose(*(samples(tmp_path / name)['x'].astype(int) for name in ('two', 'one')), atol=1)
+
+
+@pytest.mark.slow
 def test_a_checkpoint_of_two_processes_goes_on_in_one_and_back(tmp_path):
   """2 x 4 devices with an eighth of the state each, then one device, then eight, then 2 x 4: the losses of one device."""
   whole = FIELDS | dict(sharding=RULES, train__steps=8, sample__count=0, log__samples=0)

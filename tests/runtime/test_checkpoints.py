@@ -16,7 +16,7 @@ from jax import numpy as jnp
 
 from diffusion_jax.runtime import manifest
 from diffusion_jax.runtime import mesh as meshes
-from diffusion_jax.runtime.checkpoints import Checkpoints, SaveError
+from diffusion_jax.runtime.checkpoints import Checkpoints, SaveError, read_part
 from diffusion_jax.runtime.step import State, init_state
 
 # At the first error of a save or restore Orbax ends its event loop: the coroutines of the other arrays are never
@@ -132,6 +132,17 @@ def test_the_newest_is_restored(folder):
 
 def test_no_checkpoints_are_none(tmp_path):
   assert restore(tmp_path / 'new') is None
+
+
+def test_a_part_of_the_newest_is_read_and_nothing_is_changed(folder, tmp_path):
+  part = read_part(folder, 'ema', '0.99', 'layer')
+  assert all(isinstance(leaf, np.ndarray) for leaf in part.values())
+  assert_same(part, make_state(4).ema['0.99']['layer'])
+  assert read_part(folder, 'ema', '0.5', 'layer') is None and read_part(tmp_path / 'new', 'ema') is None
+  empty_folder(folder / '4')
+  with pytest.raises(ValueError, match='4 is damaged .* Sample that run, with --mode=sample, which sets it aside'):
+    read_part(folder, 'ema')
+  assert names(folder) == ['2', '4']
 
 
 def biggest(step):

@@ -65,7 +65,7 @@ def test_other_fields_are_named(tmp_path):
   assert lines[1:4] == ['  config.data.size: (8, 8) there, (8, 16) now',
                         '  config.optimizer.rate: 0.001 there, 0.5 now',
                         '  config.seed: 0 there, 1 now']
-  assert lines[4].startswith('To continue it, leave these as they were (only train.steps, log., ')
+  assert lines[4].startswith('To continue it, leave these as they were (only train.steps, ')
   assert lines[4].endswith('type another --workdir.')
   assert workdir.load_config(tmp_path).seed == 0  # what is there stays
 
