@@ -108,7 +108,7 @@ def same(found, expected):
     np.testing.assert_allclose(np.asarray(found[name]), value, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize('name', ['clip', 't5'])
+@pytest.mark.parametrize('name', ['clip', pytest.param('t5', marks=pytest.mark.slow)])
 def test_the_network_is_given_what_the_encoder_says(request, tmp_path, counts, name):
   folder, say = request.getfixturevalue(name)
   fields = config(text__encoder=load_complete(folder).text.encoder, text__frozen=str(folder), sample__prompts=PROMPTS,
@@ -174,6 +174,7 @@ def test_a_plan_has_the_shapes_without_the_run(taken, tmp_path):
   assert not np.asarray(planned.task.context(np.arange(3))['text']['sequence']).any()
 
 
+@pytest.mark.slow
 def test_what_is_kept_follows_from_the_weights_and_the_texts(clip, t5, taken, tmp_path, counts):
   folder, say = clip
   tokenizer = tokenizers.load(folder / captions.TOKENIZER)
