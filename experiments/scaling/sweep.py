@@ -14,6 +14,8 @@ from diffusion_jax.runtime.workdir import write_csv
 SLICES = ('v5e:2x4', 'v5e:16x16')
 BATCHES = {'cifar10': 128, 'imagenet_64': 64, 'imagenet_256': 8}
 """Of 8 chips: DDPM's own batch; a chip's share of ADM's makes the paper's batch on 256."""
+PARTS = {'cifar10': 1, 'imagenet_64': 8, 'imagenet_256': 1}
+"""In which a batch is taken: a chip's part is an image of ADM's, for more the compiler unrolls ever further."""
 HERE, KEPT = Path(__file__).parent, Path('runs/scaling')
 COLUMNS = ('config', 'topology', 'scaling', 'batch', 'peak_gib', 'hbm_gib', 'gflop', 'gb_moved', 'mb_sent', 'seconds_ms',
            'bound_by', 'mfu', 'images_per_second')
@@ -31,6 +33,7 @@ def main(names: list[str]) -> None:
   for name in names:
     config = importlib.import_module(f'configs.{name}').get_config()
     config.train.batch = config.sample.batch = BATCHES[name]
+    config.train.accumulate = PARTS[name]
     plan.run(config, KEPT / name, ','.join(SLICES))
   rows = []
   for name in BATCHES:
