@@ -3,8 +3,8 @@
 paper     adaLN-zero (arXiv:2212.09748) with cross-attention to the text (arXiv:2310.00426)
 COMMAND   bash run.sh configs/shapes_dit.py
 hardware  2 CPU cores
-hours     0.4
-expected  as shapes.py; see experiments/shapes
+hours     not measured
+expected  not measured
 """
 from configs import shapes
 

@@ -4,8 +4,8 @@ paper     an image encoder's tokens beside those of the text (arXiv:2308.06721, 
           with what is known beside x (arXiv:2112.10741)
 COMMAND   bash run.sh configs/shapes_edit.py
 hardware  2 CPU cores
-hours     0.4
-expected  see experiments/editing
+hours     not measured
+expected  not measured
 """
 from configs import shapes
 
