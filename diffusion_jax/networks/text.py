@@ -74,15 +74,21 @@ class CLIPText(nn.Module):
     return Encoded(states[-1 - self.skip].astype(sequence.dtype) if self.skip else sequence, pooled.astype(sequence.dtype))
 
   def _check(self, tokens):
-    if self.activation not in ACTIVATIONS:
-      raise ValueError(f'CLIPText got activation={self.activation!r}; it knows {tuple(ACTIVATIONS)}.')
-    if self.width % self.heads:
-      raise ValueError(f'CLIPText of width {self.width} cannot have {self.heads} heads; choose a divisor.')
+    check_clip(self)
     if not 0 <= self.skip <= self.layers:
       raise ValueError(f'CLIPText of {self.layers} layers cannot skip {self.skip}; skip is 0 to {self.layers}.')
     if tokens.shape[1] > self.length:
       raise ValueError(f'CLIPText of length {self.length} got {tokens.shape[1]} tokens a text: cut them, or give '
                        f'length={tokens.shape[1]}.')
+
+
+def check_clip(net: nn.Module) -> None:
+  """Raise ValueError where an encoder of CLIP has an unknown activation, or heads that its width cannot be shared by."""
+  name = type(net).__name__
+  if net.activation not in ACTIVATIONS:
+    raise ValueError(f'{name} got activation={net.activation!r}; it knows {tuple(ACTIVATIONS)}.')
+  if net.width % net.heads:
+    raise ValueError(f'{name} of width {net.width} cannot have {net.heads} heads; choose a divisor.')
 
 
 class CLIPLayer(nn.Module):

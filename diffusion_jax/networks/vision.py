@@ -5,7 +5,7 @@ from jax import numpy as jnp
 from jaxtyping import Array, Float
 
 from diffusion_jax.networks.dit import cut
-from diffusion_jax.networks.text import ACTIVATIONS, CLIPLayer, Encoded, layer_norm
+from diffusion_jax.networks.text import CLIPLayer, Encoded, check_clip, layer_norm
 
 
 class CLIPVision(nn.Module):
@@ -46,10 +46,7 @@ class CLIPVision(nn.Module):
     return Encoded(tokens, pooled.astype(tokens.dtype))
 
   def _check(self, x):
-    if self.activation not in ACTIVATIONS:
-      raise ValueError(f'CLIPVision got activation={self.activation!r}; it knows {tuple(ACTIVATIONS)}.')
-    if self.width % self.heads:
-      raise ValueError(f'CLIPVision of width {self.width} cannot have {self.heads} heads; choose a divisor.')
+    check_clip(self)
     if self.patch < 1 or any(size % self.patch for size in x.shape[1:-1]):
       raise ValueError(f'CLIPVision with patch={self.patch} needs sizes divisible by it; got {x.shape[1:-1]}: give a '
                        'divisor.')

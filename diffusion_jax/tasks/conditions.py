@@ -18,7 +18,8 @@ def add(task: Task, reference: bool, known: bool) -> Task:
   In training they are `view` and `boxes` of x0; asked for, and when they are dropped, they are none and nothing.
   """
   null = {'reference': {'image': np.zeros(task.shape, np.float32), 'given': np.False_}} if reference else {}
-  null |= {'known': nothing(task.shape)} if known else {}
+  null |= {'known': {'values': np.zeros(task.shape, np.float32),
+                     'where': np.zeros((*task.shape[:-1], 1), bool)}} if known else {}
   if not null:
     return task
   def filled(cond, count):
@@ -39,11 +40,6 @@ def add(task: Task, reference: bool, known: bool) -> Task:
       null={**(task.null or {}), **null}, encode=encode, drawn=drawn,
       context=lambda index: filled(task.context(index), len(index)),
       ask=lambda titles: filled(task.ask(titles), len(titles)))
-
-
-def nothing(shape: tuple[int, ...]) -> dict[str, np.ndarray]:
-  """The condition 'known' of one example of which nothing is known."""
-  return {'values': np.zeros(shape, np.float32), 'where': np.zeros((*shape[:-1], 1), bool)}
 
 
 def view(key: Key[Array, ''], x: Float[Array, 'H W C']) -> Float[Array, 'H W C']:
