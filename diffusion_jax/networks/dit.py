@@ -15,7 +15,9 @@ from diffusion_jax.networks.layers import (
   REMAT,
   Dropout,
   check_fields,
+  cut,
   fan_avg,
+  join,
   per_axis,
   place_of,
   sinusoid,
@@ -185,22 +187,6 @@ class DiT(nn.Module):
 def modulate(x: Array, shift: Array, scale: Array) -> Array:
   """Layer normalisation (arXiv:1607.06450) whose shift and scale come from outside; its result is wide."""
   return nn.LayerNorm(1e-6, wide(x.dtype), use_bias=False, use_scale=False)(x) * (1 + scale) + shift
-
-
-def cut(x: Array, patch: Sequence[int]) -> Float[Array, 'batch tokens size']:
-  """[B, *space, C] in patches, in row-major order, of `patch` entries along each axis, in row-major order."""
-  pairs = [(size // each, each) for size, each in zip(x.shape[1:-1], patch, strict=True)]
-  x = x.reshape(len(x), *(size for pair in pairs for size in pair), x.shape[-1])
-  x = x.transpose(0, *range(1, x.ndim - 1, 2), *range(2, x.ndim - 1, 2), x.ndim - 1)
-  return x.reshape(len(x), math.prod(count for count, _ in pairs), -1)
-
-
-def join(tokens: Array, patch: Sequence[int], space: Sequence[int]) -> Array:
-  """The inverse of `cut`: [B, *space, C]."""
-  axes = len(patch)
-  x = tokens.reshape(len(tokens), *(size // each for size, each in zip(space, patch, strict=True)), *patch, -1)
-  x = x.transpose(0, *(axis for i in range(1, axes + 1) for axis in (i, i + axes)), x.ndim - 1)
-  return x.reshape(len(tokens), *space, -1)
 
 
 def positions(counts: Sequence[int], width: int, dtype: str | jnp.dtype) -> Float[Array, '1 tokens width']:

@@ -2,6 +2,7 @@
 
 Products are computed in dtype; norms, softmax and every sum, also those of the backward pass, in wide(dtype).
 """
+import math
 import zlib
 from collections.abc import Sequence
 
@@ -162,3 +163,19 @@ def upsample(x: Array, stride: tuple[int, ...]) -> Array:
 def average_pool(x: Array, stride: tuple[int, ...]) -> Array:
   """The mean of every block of `stride` entries."""
   return nn.avg_pool(x.astype(wide(x.dtype)), stride, stride).astype(x.dtype)
+
+
+def cut(x: Array, patch: Sequence[int]) -> Float[Array, 'batch tokens size']:
+  """[B, *space, C] in patches, in row-major order, of `patch` entries along each axis, in row-major order."""
+  pairs = [(size // each, each) for size, each in zip(x.shape[1:-1], patch, strict=True)]
+  x = x.reshape(len(x), *(size for pair in pairs for size in pair), x.shape[-1])
+  x = x.transpose(0, *range(1, x.ndim - 1, 2), *range(2, x.ndim - 1, 2), x.ndim - 1)
+  return x.reshape(len(x), math.prod(count for count, _ in pairs), -1)
+
+
+def join(tokens: Array, patch: Sequence[int], space: Sequence[int]) -> Array:
+  """The inverse of `cut`: [B, *space, C]."""
+  axes = len(patch)
+  x = tokens.reshape(len(tokens), *(size // each for size, each in zip(space, patch, strict=True)), *patch, -1)
+  x = x.transpose(0, *(axis for i in range(1, axes + 1) for axis in (i, i + axes)), x.ndim - 1)
+  return x.reshape(len(tokens), *space, -1)

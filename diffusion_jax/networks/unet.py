@@ -17,7 +17,9 @@ from diffusion_jax.networks.layers import (
   GroupNorm,
   average_pool,
   check_fields,
+  cut,
   fan_avg,
+  join,
   per_axis,
   place_of,
   sinusoid,
@@ -134,7 +136,8 @@ class UNet(nn.Module):
   attention[i] is true; the middle always has it. Between levels the resolution changes by `stride`, by a convolution
   (resample='conv', DDPM) or inside a residual block (resample='block', DDPM++ and ADM). A conditioning vector
   [B, 4 * channels] is added to the time embedding, a sequence is attended to after every self-attention, channels are
-  concatenated to x. skip_rescale multiplies residual sums by 1 / sqrt(2).
+  concatenated to x. skip_rescale multiplies residual sums by 1 / sqrt(2). All of it works on patches of `patch` entries
+  along each axis, as channels (arXiv:2301.11093): large ones spare the levels that cost most.
 
   Parameters are kept in param_dtype, products computed in dtype, but for the time embedding and the first and last
   convolution, which are computed as sums are, in float32 (float64 for float64). remat says what is kept for the backward
@@ -151,6 +154,7 @@ class UNet(nn.Module):
   axes: int = 2
   kernel: int | Sequence[int] = 3
   stride: int | Sequence[int] = 2
+  patch: int | Sequence[int] = 1
   modulation: str = 'add'
   resample: str = 'conv'
   skip_rescale: bool = False
@@ -173,6 +177,8 @@ class UNet(nn.Module):
     shared = self._time(feature, conditioning.vector), conditioning, keys
     if conditioning.channels is not None:
       x = jnp.concatenate([x, conditioning.channels.astype(x.dtype)], -1)
+    patch, space = per_axis(self, 'patch'), x.shape[1:-1]
+    x = cut(x, patch).reshape(len(x), *(size // each for size, each in zip(space, patch, strict=True)), -1)
     h = self._conv(self.channels, 'in', wide(self.dtype))(x).astype(self.dtype)
     stages, skips = plan(self.channels, self.multipliers, self.blocks, self.attention), [h]
     for run in equal_runs(stages, self.channels) if self.scan else [[stage] for stage in stages]:
@@ -180,7 +186,8 @@ class UNet(nn.Module):
       h, kept = self._scan(run, h, taken, shared) if len(run) > 1 else self._stage(run[0], h, taken, shared)
       skips += kept
     h = nn.silu(GroupNorm(self.groups, self.param_dtype, name='norm')(h))
-    return self._conv(self.out_channels, 'out', wide(self.dtype), nn.initializers.zeros)(h)
+    out = self._conv(math.prod(patch) * self.out_channels, 'out', wide(self.dtype), nn.initializers.zeros)(h)
+    return join(out, patch, space)
 
   def _stage(self, stage, h, taken, shared):
     """The result of a stage, and a list of it if it is kept."""
@@ -233,7 +240,8 @@ class UNet(nn.Module):
     if len(self.attention) != len(self.multipliers):
       raise ValueError(f'UNet has {len(self.multipliers)} levels, multipliers={tuple(self.multipliers)}, but attention='
                        f'{tuple(self.attention)} speaks of {len(self.attention)}: give one truth value a level.')
-    factor = tuple(each ** (len(self.multipliers) - 1) for each in per_axis(self, 'stride'))
-    if any(size % each for size, each in zip(x.shape[1:-1], factor, strict=True)):
-      raise ValueError(f'UNet with {len(self.multipliers)} levels needs sizes divisible by {factor}; got '
-                       f'{x.shape[1:-1]}. Resize or pad the data, or give fewer multipliers.')
+    steps = zip(per_axis(self, 'stride'), per_axis(self, 'patch'), strict=True)
+    factor = tuple(patch * stride ** (len(self.multipliers) - 1) for stride, patch in steps)
+    if any(each < 1 or size % each for size, each in zip(x.shape[1:-1], factor, strict=True)):
+      raise ValueError(f'UNet with {len(self.multipliers)} levels and patch={self.patch} needs sizes divisible by '
+                       f'{factor}; got {x.shape[1:-1]}. Resize or pad the data, or give fewer multipliers.')

@@ -4,7 +4,7 @@ from flax import linen as nn
 from jax import numpy as jnp
 from jaxtyping import Array, Float
 
-from diffusion_jax.networks.dit import cut
+from diffusion_jax.networks.layers import cut
 from diffusion_jax.networks.text import CLIPLayer, Encoded, check_clip, layer_norm
 
 

@@ -173,7 +173,7 @@ def test_bad_fields_get_a_sentence_before_anything_is_written(tmp_path, field):
 
 def test_a_size_that_the_network_cannot_halve_is_refused(tmp_path):
   network = 'UNet(channels=8, multipliers=(1, 2), blocks=1, attention=(False, False))'
-  with pytest.raises(ValueError, match=r'UNet with 2 levels needs sizes divisible by \(2, 2\); got \(9, 9\)'):
+  with pytest.raises(ValueError, match=r'UNet with 2 levels and patch=1 needs sizes divisible by \(2, 2\); got \(9, 9\)'):
     train.run(tiny(network=network, data__size=(9, 9)), tmp_path / 'run')
 
 

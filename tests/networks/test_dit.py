@@ -9,8 +9,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import numpy as jnp
 
 from diffusion_jax.build import build
-from diffusion_jax.networks.dit import Block, DiT, cut, join, positions
+from diffusion_jax.networks.dit import Block, DiT, positions
 from diffusion_jax.networks.embed import Conditioning
+from diffusion_jax.networks.layers import cut, join
 from diffusion_jax.runtime.products import products, total
 from tests.networks.test_unet import BATCH, assert_alive, changed, fill, inputs, make_call, quick, shapes_of
 

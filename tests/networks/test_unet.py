@@ -9,6 +9,7 @@ from jax import numpy as jnp
 
 from diffusion_jax.build import build
 from diffusion_jax.networks.embed import Conditioning
+from diffusion_jax.networks.layers import cut
 from diffusion_jax.networks.unet import ResBlock, UNet
 
 SMALL = dict(channels=8, multipliers=(1, 2), blocks=1, attention=(False, True), groups=4)
@@ -148,6 +149,22 @@ def test_kernel_and_stride_an_axis(resample):
   assert kernels == {(1, 3, 5)}
 
 
+def test_patches_are_channels_of_a_smaller_image():
+  """With the same parameters the network on patches is the one on the image of them."""
+  patch, space = (2, 3), (4, 6)
+  x, feature, cond, keys = inputs(space)
+  net, plain = UNet(**RICH, patch=patch), UNet(**RICH, out_channels=18)
+  params = fill(shapes_of(net, x, feature, cond, keys))
+  small = lambda a: cut(a, patch).reshape(BATCH, 2, 2, -1)
+  # `cut` orders a patch by place and then by channel; what is known stands beside x at every place
+  known = cond._replace(channels=None)
+  both = np.concatenate([x, cond.channels], -1)
+  whole = quick(net.apply)(params, x, feature, cond, keys)
+  parts = quick(plain.apply)(params, small(both), feature, known, keys)
+  np.testing.assert_allclose(small(whole), parts, atol=1e-5)
+  assert whole.shape == x.shape
+
+
 def test_three_axes_have_no_dead_layer():
   """kernel and stride an axis, scale and shift, resampling in blocks, skip_rescale, in numbers."""
   net = UNet(**SMALL | {'attention': (False, False)}, axes=3, kernel=(1, 3, 3), stride=(1, 2, 2),
@@ -232,8 +249,10 @@ WRONG = {
     'float64': (dict(dtype='float64'), (4, 4), "dtype='float64', param_dtype='float32'; float64 needs JAX_ENABLE_X64=1"),
     'attention': (dict(attention=(True,)), (4, 4), r'has 2 levels, multipliers=\(1, 2\), but attention=\(True,\)'),
     'axes': (dict(axes=3), (4, 4), r'axes=3 needs x of 5 axes.* got shape \(3, 4, 4, 3\)'),
-    'size': ({}, (4, 5), r'2 levels needs sizes divisible by \(2, 2\); got \(4, 5\)'),
+    'size': ({}, (4, 5), r'2 levels and patch=1 needs sizes divisible by \(2, 2\); got \(4, 5\)'),
     'levels': (dict(multipliers=(1, 1, 1), attention=(False,) * 3), (4, 6), r'divisible by \(4, 4\); got \(4, 6\)'),
+    'patch': (dict(patch=2), (8, 6), r'2 levels and patch=2 needs sizes divisible by \(4, 4\); got \(8, 6\)'),
+    'no patch': (dict(patch=0), (4, 4), r'patch=0 needs sizes divisible by \(0, 0\)'),
     'heads': (dict(head_channels=5), (4, 4), '16 channels cannot have heads of 5'),
     'sinusoid': (dict(channels=7), (4, 4), 'sinusoid needs an even size'),
     'kernel': (dict(kernel=(1, 3, 3)), (4, 4), r'(?s)kernel.*axes'),
