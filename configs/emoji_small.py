@@ -3,8 +3,8 @@
 paper     as configs/emoji.py
 COMMAND   bash run.sh configs/emoji_small.py --config.data.path=FOLDER
 hardware  2 CPU cores
-hours     0.2, by the CPU time of a step; not measured as a whole
-expected  not measured; see experiments/emoji/README.md
+hours     0.35, on one of the cores
+expected  of 100 held-out names 0.30 found among their real pictures, chance 0.01 (experiments/emoji/README.md)
 """
 from configs import emoji
 
