@@ -19,7 +19,7 @@ from diffusion_jax.tasks import shapes
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt  # noqa: E402
 
-SCALES = (0.0, 1.0, 2.0, 3.0, 5.0, 8.0)
+SCALES = (0.0, 1.0, 2.0, 3.0, 8.0)
 COPIES = 4  # pictures of a prompt
 BATCH = 100
 COLOURLESS = ('a square', 'two rings', 'three crosses', 'two triangles on the left')
