@@ -22,7 +22,7 @@ def get_config():
   config.text.encoder = 'CLIPText(width=64, layers=2, heads=4)'
   config.text.length = 10
   config.text.vocabulary = 384
-  config.times = 'logit_normal(1.0, 0.9, stratified())'  # most at sigma 2 to 7 alpha, where places and numbers are decided
+  config.times = 'logit_normal(1.0, 0.9, stratified())'  # half at sigma 2 to 7 alpha, where places and numbers are decided
   config.grid = 'shift(uniform(50), 2.5)'
   config.train.steps = 2000
   config.train.batch = 64

@@ -156,7 +156,7 @@ def test_patches_are_channels_of_a_smaller_image():
   net, plain = UNet(**RICH, patch=patch), UNet(**RICH, out_channels=18)
   params = fill(shapes_of(net, x, feature, cond, keys))
   small = lambda a: cut(a, patch).reshape(BATCH, 2, 2, -1)
-  # `cut` orders a patch by place and then by channel; what is known stands beside x at every place
+  # conditioning channels stand beside x at every place before it is cut
   known = cond._replace(channels=None)
   both = np.concatenate([x, cond.channels], -1)
   whole = quick(net.apply)(params, x, feature, cond, keys)
