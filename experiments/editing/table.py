@@ -23,9 +23,6 @@ GUIDED = 'guide(3.0, during=(0.0, 0.8)) | clip(1.0)'  # where places are decided
 STEPS = 'shift(uniform(25), 2.5)'
 STRENGTHS = 0.0, 0.4, 0.6, 0.8, 1.0
 SHOWN = 6  # pictures of each method on a sheet, the first ones
-WORKDIR = flags.DEFINE_string('workdir', 'runs/shapes', 'A trained run of configs/shapes.py.')
-TRAINED = flags.DEFINE_string('trained', 'runs/shapes_edit', 'A trained run of configs/shapes_edit.py.')
-PICTURES = flags.DEFINE_integer('pictures', 16, 'How many held-out pictures are edited in each way.')
 
 
 class Example(NamedTuple):
@@ -119,7 +116,7 @@ def judge(method: str, found: list[np.ndarray], rows: list[Example]) -> dict:
 
 def inpainting(rows: list[Example]) -> tuple[list[dict], np.ndarray]:
   """The table of all fills, and a sheet: the picture, the hole, and one sample of each method, a column an example."""
-  plain, trained = WORKDIR.value, TRAINED.value
+  plain, trained = flags.FLAGS.workdir, flags.FLAGS.trained
   methods = {'drawn by rule': by_rule, 'mean of the known': mean_fill, 'nearest known': nearest_fill,
              'replace()': filler(plain, STEPS, 'replace()'),
              'replace(), RePaint': filler(plain, f'jumps({STEPS}, 5, 4)', 'replace()'),
@@ -152,7 +149,7 @@ def strength(rows: list[Example]) -> tuple[list[dict], np.ndarray]:
 
   Without a source the image is noised; with it, it is led there by the inverse of DDIM, and back by DDIM.
   """
-  generate, table, sheet = guided(WORKDIR.value), [], [[row.picture[None] for row in rows]]
+  generate, table, sheet = guided(flags.FLAGS.workdir), [], [[row.picture[None] for row in rows]]
   distance = lambda a, b: np.sqrt(np.mean((a.astype(float) - b)**2)) / 127.5
   boxes = lambda picture: {each[2:] for each in shapes.read(picture)}
   for way, strengths in (('noised', STRENGTHS), ('inverted', STRENGTHS[1:-1])):
@@ -176,7 +173,7 @@ def strength(rows: list[Example]) -> tuple[list[dict], np.ndarray]:
 def outpainting(rows: list[Example]) -> tuple[list[dict], np.ndarray]:
   """Pictures on a canvas of twice the width: do they keep their shapes, and what comes beside them?"""
   table, sheet = [], []
-  for method, workdir in (('replace()', WORKDIR.value), ('trained to inpaint', TRAINED.value)):
+  for method, workdir in (('replace()', flags.FLAGS.workdir), ('trained to inpaint', flags.FLAGS.trained)):
     generate = guided(workdir)
     found = [generate([row.text], image=row.picture, outpaint=(0, 0, SIDE, 0))[0].pixels for row in rows]
     reads = [set(shapes.read(each)) for each in found]
@@ -209,7 +206,7 @@ def markdown(table: list[dict]) -> str:
 
 def main(_: list[str]) -> None:
   logging.set_verbosity(logging.WARNING)  # of Orbax
-  rows = examples(PICTURES.value)
+  rows = examples(flags.FLAGS.pictures)
   for study in (strength, inpainting, outpainting):
     table, sheet = study(rows)
     write_csv(HERE / f'{study.__name__}.csv', table)
@@ -218,4 +215,7 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == '__main__':
+  flags.DEFINE_string('workdir', 'runs/shapes', 'A trained run of configs/shapes.py.')
+  flags.DEFINE_string('trained', 'runs/shapes_edit', 'A trained run of configs/shapes_edit.py.')
+  flags.DEFINE_integer('pictures', 16, 'How many held-out pictures are edited in each way.')
   app.run(main)

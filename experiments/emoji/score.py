@@ -27,7 +27,6 @@ SHOWN = 4  # of each kind, on the sheet: the first ones
 INVENTED = 'panda on a bike', 'blue apple', 'cat astronaut', 'robot with crown'
 TONE = re.compile('[:,] ((?:medium-)?(?:light|dark)|medium) skin tone')
 HERE = Path(__file__).parent
-WORKDIR = flags.DEFINE_string('workdir', 'runs/emoji_small', 'A trained run of configs/emoji.py or emoji_small.py.')
 
 
 def tone(name: str) -> str:
@@ -151,11 +150,12 @@ def main(arguments: list[str]) -> None:
   if len(arguments) > 1:
     sys.exit(f'This takes flags alone; got {arguments[1:]}.')
   logging.set_verbosity(logging.WARNING)  # of Orbax
-  rows, sheet = score(Path(WORKDIR.value))
+  rows, sheet = score(Path(flags.FLAGS.workdir))
   write_csv(HERE / 'results.csv', [flat(row) for row in rows])
   plot(sheet, HERE / 'samples.png')
   print(table(rows))
 
 
 if __name__ == '__main__':
+  flags.DEFINE_string('workdir', 'runs/emoji_small', 'A trained run of configs/emoji.py or emoji_small.py.')
   app.run(main)

@@ -44,8 +44,6 @@ LAW = Mixture([0.25, 0.25, 0.3, 0.2], [[1.2, 0.8], [-1.2, 0.8], [0.0, -1.3], [0.
 COSINE = Gaussian(schedules.cosine())
 COUNT = {'mixture': 8192, 'digits': 297}  # samples; of digits as many as are held out
 HERE = Path(__file__).parent
-WORKDIR = flags.DEFINE_string('workdir', 'runs/digits', 'A trained run of configs/digits.py.')
-GUIDED = flags.DEFINE_bool('guided', False, 'Make guided digits by every solver in 64 calls.')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,8 +281,8 @@ def main(arguments: list[str]) -> None:
   if len(arguments) > 1:
     sys.exit(f'This takes flags alone; got {arguments[1:]}.')
   logging.set_verbosity(logging.WARNING)  # of Orbax
-  workdir = Path(WORKDIR.value)
-  if GUIDED.value:
+  workdir = Path(flags.FLAGS.workdir)
+  if flags.FLAGS.guided:
     return guided(workdir)
   toy = mixture()
   true = (LAW.sample(example_keys(jax.random.key(seed), jnp.arange(COUNT['mixture']))) for seed in range(1, 9))
@@ -303,4 +301,6 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == '__main__':
+  flags.DEFINE_string('workdir', 'runs/digits', 'A trained run of configs/digits.py.')
+  flags.DEFINE_bool('guided', False, 'Make guided digits by every solver in 64 calls.')
   app.run(main)

@@ -28,10 +28,6 @@ from experiments.throughput.ours import config_of
 
 SAMPLING = {'up': 'up sampling', 'down': 'down sampling'}  # by the name of a convolution between levels
 REST = 'optimizer + EMA + checks'
-OUT = flags.DEFINE_string('out', str(Path(__file__).parent / 'layers.csv'), 'The file of results.')
-ROUNDS = flags.DEFINE_integer('rounds', 7, 'Times that the step and every layer get their turn.')
-BATCH = flags.DEFINE_integer('batch', 32, 'Images a step.')
-DTYPE = flags.DEFINE_enum('dtype', 'float32', ('float32', 'bfloat16'), 'In which products are computed.')
 
 
 def network_layers(run: Run) -> Counter:
@@ -141,18 +137,18 @@ def table(kinds: dict[str, tuple[float, int, int]], step: float, ratio: list[flo
 
 def main(arguments: list[str]) -> None:
   del arguments
-  run = open_run(config_of(BATCH.value, DTYPE.value), Path('nowhere'), read=False)
+  run = open_run(config_of(flags.FLAGS.batch, flags.FLAGS.dtype), Path('nowhere'), read=False)
   state, batch = state_shapes(run), synthetic(run)
   whole = stepping(run, trace_step(run, state, batch).lower().compile())
   found = network_layers(run)
-  programs = {key: both(*layer(*key, jnp.dtype(DTYPE.value))) for key in found}
+  programs = {key: both(*layer(*key, jnp.dtype(flags.FLAGS.dtype))) for key in found}
   works = {key: running(*program) for key, program in programs.items()} | {REST: rest(run)}
   counted = {key: flops(*program) for key, program in programs.items()} | {REST: 0}
   found[REST] = 1
   for work in (whole, *works.values()):
     work()
   rounds = []
-  for number in range(ROUNDS.value):
+  for number in range(flags.FLAGS.rounds):
     rounds.append({'step': seconds(whole), **{key: seconds(work) for key, work in works.items()}})
     print(f'round {number}: the step {1e3 * rounds[-1]["step"]:.1f} ms', flush=True)
   of = lambda key: statistics.median(each[key] for each in rounds)
@@ -165,9 +161,13 @@ def main(arguments: list[str]) -> None:
     rows.append({'kind': kind, 'inputs': ' '.join('x'.join(map(str, shape)) for shape in shapes),
                  'features': getattr(module, 'features', ''), 'count': count, 'ms': f'{1e3 * of(key):.3f}',
                  'gflops': f'{counted[key] / of(key) / 1e9:.1f}'})
-  write_csv(Path(OUT.value), rows)
+  write_csv(Path(flags.FLAGS.out), rows)
   print(table(kinds, of('step'), ratio))
 
 
 if __name__ == '__main__':
+  flags.DEFINE_string('out', str(Path(__file__).parent / 'layers.csv'), 'The file of results.')
+  flags.DEFINE_integer('rounds', 7, 'Times that the step and every layer get their turn.')
+  flags.DEFINE_integer('batch', 32, 'Images a step.')
+  flags.DEFINE_enum('dtype', 'float32', ('float32', 'bfloat16'), 'In which products are computed.')
   app.run(main)
