@@ -41,8 +41,10 @@ def prepare(**fields):
                                     {'loss': 'regression(huber(0.1))', 'times': 'lognormal(-1.2, 1.2, stratified())'}])
 def test_every_kind_of_loss_trains(fields):
   _, params, extra, loss = prepare(**fields)
-  losses, _, _ = loss(params, extra)
-  grads = jax.grad(lambda params: loss(params, extra)[0].mean())(params)
+  def mean(params):
+    losses, _, _ = loss(params, extra)
+    return losses.mean(), losses
+  grads, losses = jax.jit(jax.grad(mean, has_aux=True))(params)
   assert losses.shape == (BATCH,) and np.isfinite(losses).all()
   assert set(params) == {'params'} | ({'schedule'} if fields is VDM else set()) | fields.keys() & {'uncertainty'}
   for name, grad in grads.items():
@@ -62,7 +64,7 @@ def test_the_inner_parameters_of_a_learned_schedule_get_the_gradient_of_the_squa
   with jax.enable_x64(True):
     _, params, extra, loss = prepare(**VDM)
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), params)
-    grads = jax.grad(lambda params: loss(params, extra)[0].mean())(params)['schedule']
+    grads = jax.jit(jax.grad(lambda params: loss(params, extra)[0].mean()))(params)['schedule']
     def moved(group, name, by):
       part = params['schedule'][group]
       first = part[name].at[(0,) * part[name].ndim].add(by)
