@@ -53,6 +53,7 @@ SOLVERS = {**rows(solvers, Solver), **rows(singlestep, Solver), **rows(multistep
 GRIDS = rows(grids, grids.Grid)
 TRANSFORMS = {**rows(guidance, Transform), **rows(constraints, Transform)}
 TIMES = {**rows(times, Times), **rows(times, Adaptive)}
+KEY = jax.eval_shape(lambda: jax.random.key(0))  # the shape of a key
 
 
 class Method(NamedTuple):
@@ -84,14 +85,16 @@ def make_method(config: ConfigDict, task: Task) -> Method:
   learned = {name: part for name, part in parts.items() if isinstance(part, Learned)}
   adaptive, drops = isinstance(law, Adaptive), config.train.drop > 0 or config.train.drop_each > 0
   make_loss, net = _make_loss(config), make_network(config, task)
+  begin, apply = jax.jit(net.init), jax.jit(net.apply)  # each is traced once for all who call it with the same shapes
+  x, cond = _example(task)
+  jax.eval_shape(begin, KEY, x, np.zeros(1, np.float32), cond)
   first = Gaussian(_first(schedule)), _as_uniform(law.times(law.init())) if adaptive else law
   _check_times(config, *first)
   make_loss(*first)
 
   def init(key):
-    x, cond = _example(task)
     mathematics = {name: part.init(jax.random.fold_in(key, i)) for i, (name, part) in enumerate(learned.items())}
-    return {**jax.jit(net.init)(key, x, jnp.zeros(1), cond), **mathematics}, {'times': law.init()} if adaptive else {}
+    return {**begin(key, x, np.zeros(1, np.float32), cond), **mathematics}, {'times': law.init()} if adaptive else {}
 
   def network(params, dropout_keys=None) -> Network:
     def call(x, feature, cond):
@@ -99,7 +102,7 @@ def make_method(config: ConfigDict, task: Task) -> Method:
         raise ValueError('Guidance needs a network that was trained with dropped conditions: this one has the conditions '
                          f'{sorted(task.null or {})} and config.train.drop={config.train.drop}. Leave guide(...) out of '
                          'the transform, or train with config.train.drop=0.1.')
-      return net.apply({'params': params['params']}, x, feature, _with_nulls(cond, task.null), dropout_keys)
+      return apply({'params': params['params']}, x, feature, _with_nulls(cond, task.null), dropout_keys)
     return call
 
   process = lambda params: Gaussian(schedule.bind(params['schedule']) if 'schedule' in learned else schedule)
@@ -134,8 +137,7 @@ def make_method(config: ConfigDict, task: Task) -> Method:
 
 
 def make_network(config: ConfigDict, task: Task) -> nn.Module:
-  """The backbone of config.network with an embedder for every condition of the task. Raises ValueError where the
-  network's fields contradict each other or the task's shape."""
+  """The backbone of config.network with an embedder for every condition of the task."""
   backbone = build(config.network, NETWORKS)
   channels = task.shape[-1] * (2 if _target(config).learns_variance else 1)
   backbone = backbone.clone(out_channels=channels, axes=len(task.shape) - 1)
@@ -145,10 +147,7 @@ def make_network(config: ConfigDict, task: Task) -> nn.Module:
                            embed.Text(make_encoder(config), size, dtype)),
           'reference': lambda: embed.Reference(make_reference(config), size, dtype),
           'known': embed.Known}
-  net = embed.Conditional(backbone, {name: make[name]() for name in task.null or {}})
-  x, cond = _example(task)
-  jax.eval_shape(net.init, jax.random.key(0), x, jnp.zeros(1), cond)
-  return net
+  return embed.Conditional(backbone, {name: make[name]() for name in task.null or {}})
 
 
 def make_encoder(config: ConfigDict) -> nn.Module:
@@ -248,7 +247,7 @@ def _make_loss(config: ConfigDict) -> Callable[[Gaussian, Times], Loss]:
 def _check_times(config: ConfigDict, process: Gaussian, law: Times) -> None:
   """Raise ValueError where the law of times cannot be had on this schedule."""
   try:
-    jax.eval_shape(lambda key: law.sample(process, Draw(key, jnp.arange(2), 2)), jax.random.key(0))
+    jax.eval_shape(lambda key: law.sample(process, Draw(key, jnp.arange(2), 2)), KEY)
   except ValueError as error:
     raise ValueError(f'config.times {config.times!r}: {error}') from error
 
@@ -275,7 +274,7 @@ def _build(config: ConfigDict, field: str, names: dict[str, Callable]) -> Any:
     raise ValueError(f'config.{field}: {error}') from error
 
 
-def _example(task: Task) -> tuple[jax.Array, dict | None]:
+def _example(task: Task) -> tuple[np.ndarray, dict | None]:
   """One example of zeros, for shapes."""
-  cond = jax.tree.map(lambda leaf: jnp.zeros((1, *leaf.shape), leaf.dtype), task.null)
-  return jnp.zeros((1, *task.shape)), cond
+  cond = jax.tree.map(lambda leaf: np.zeros((1, *leaf.shape), leaf.dtype), task.null)
+  return np.zeros((1, *task.shape), np.float32), cond

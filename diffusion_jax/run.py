@@ -78,7 +78,7 @@ def open_run(config: ConfigDict, workdir: Path, read: bool, devices: Sequence[ja
   state_shapes(run)  # every rule of config.sharding can be applied
   make_likelihood(config)
   for transform in {config.transform, *config.evaluate.transforms}:
-    check_sampling(run, transform)
+    trace_sampler(run, transform, 1)  # it can be sampled
   return run
 
 
@@ -224,13 +224,6 @@ def _given(image: jax.Array, known: jax.Array) -> dict[str, Callable]:
           'dps': partial(constraints.dps, see, see(image)), 'pigdm': partial(constraints.pigdm, see, see(image))}
 
 
-def check_sampling(run: Run, transform: str) -> None:
-  """Trace the sampler without computing anything. Raises ValueError where the config cannot be sampled."""
-  index = np.arange(meshes.ways(run.mesh), dtype=np.int32)
-  params, extra = jax.eval_shape(run.method.init, jax.random.key(0))
-  jax.eval_shape(sampling_program(run, transform), params, extra, index, run.task.context(index))
-
-
 def make_sampler(run: Run, transform: str, keep: bool = False) -> Callable:
   """The compiled sampling program as a function of (params, extra, index [B]), what to sample being task.context(index)."""
   program = jax.jit(sampling_program(run, transform, keep))
@@ -239,11 +232,11 @@ def make_sampler(run: Run, transform: str, keep: bool = False) -> Callable:
   return sampler
 
 
-def trace_sampler(run: Run) -> jax.stages.Traced:
-  """The sampling program of config.transform for one batch, traced on shapes."""
-  state, index = state_shapes(run), np.arange(shared(run, run.config.sample.batch), dtype=np.int32)
+def trace_sampler(run: Run, transform: str, count: int) -> jax.stages.Traced:
+  """The sampling program for one batch of `count`, traced on shapes. Raises ValueError where it cannot be."""
+  state, index = state_shapes(run), np.arange(shared(run, count), dtype=np.int32)
   rows = _by_example((index, run.task.context(index)), run.mesh)
-  return jax.jit(sampling_program(run, run.config.transform)).trace(chosen_params(run, state), state.extra, *rows)
+  return jax.jit(sampling_program(run, transform)).trace(chosen_params(run, state), state.extra, *rows)
 
 
 def shared(run: Run, count: int) -> int:

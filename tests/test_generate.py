@@ -92,7 +92,7 @@ def test_fifty_guided_steps_are_fifty_calls_of_the_network(workdir):
   denoise = lambda params, *of: this.method.denoiser(params, extra)(*of)
   call = jax.jit(denoise).trace(params, x, level, cond)
   flops = lambda traced: products.total(list(products.products(traced.jaxpr)))
-  assert flops(runs.trace_sampler(this)) == 50 * flops(call) > 0
+  assert flops(runs.trace_sampler(this, this.config.transform, this.config.sample.batch)) == 50 * flops(call) > 0
 
 
 def test_strength_is_where_it_starts(generate):

@@ -89,7 +89,7 @@ def shift(grid: Grid, factor: float) -> Grid:
   Raises ValueError where factor < 1 takes some of its times beyond the start of the schedule.
   """
   def shifted(schedule):
-    times = np.asarray(schedules.shift(schedule, factor)(grid(schedule)))
+    times = np.asarray(jax.jit(schedules.shift(schedule, factor))(grid(schedule)))
     if not (np.diff(times) < 0).all():
       raise ValueError(f'shift by {factor} takes times of the grid beyond the logsnr at which this schedule starts, or '
                        'nearer to each other than floats: take fewer steps, or no shift.')

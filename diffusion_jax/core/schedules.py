@@ -262,8 +262,8 @@ def check(schedule: Schedule, name: str = 'the schedule') -> None:
   """Raise ValueError if the schedule is no way from data to noise: t = 0 is (1, 0), logsnr falls, all is finite."""
   t = np.linspace(0, 1, 1001, dtype=np.float32)
   with jax.ensure_compile_time_eval():
-    alpha, sigma = map(np.asarray, schedule(jnp.asarray(t)))
-    logsnr = np.asarray(logsnr_of(schedule, jnp.asarray(t)))
+    found = jax.jit(lambda t: (*schedule(t), logsnr_of(schedule, t)))(t)  # one program, not one for each operation
+    alpha, sigma, logsnr = map(np.asarray, found)
   if not (np.isfinite(alpha).all() and np.isfinite(sigma).all() and (alpha >= 0).all() and (sigma >= 0).all()):
     raise ValueError(f'{name} has an alpha or sigma that is negative or not finite between t = 0 and t = 1.')
   if alpha[0] != 1 or sigma[0] != 0:

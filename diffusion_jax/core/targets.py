@@ -139,11 +139,13 @@ def denoiser(process: Gaussian, target: Target, network: Network) -> Denoiser:
 def check_grid(process: Gaussian, target: Target, grid: np.ndarray, name: str = 'the target') -> None:
   """Raise ValueError if the target is singular at a time of the grid at which the network is called (all but t = 0)."""
   with jax.ensure_compile_time_eval():
-    level = process.level(np.asarray(grid)[np.asarray(grid) > 0])
-    d, feature = determinant(process, target, level), target.feature(level)
-    bad = np.asarray(~(jnp.abs(d) > 1e-6) | ~jnp.isfinite(d) | ~jnp.isfinite(feature))
+    def look(t):
+      level = process.level(t)
+      d, feature = determinant(process, target, level), target.feature(level)
+      return level, ~(jnp.abs(d) > 1e-6) | ~jnp.isfinite(d) | ~jnp.isfinite(feature)
+    level, bad = jax.tree.map(np.asarray, jax.jit(look)(np.asarray(grid)[np.asarray(grid) > 0]))
   if bad.any():
-    t, alpha, sigma = (float(entry[bad][0]) for entry in map(np.asarray, level))
+    t, alpha, sigma = (float(entry[bad][0]) for entry in level)
     raise ValueError(f'{name} is singular at t={t:g} (alpha={alpha:.3g}, sigma={sigma:.3g}), which the grid contains. '
                      "Start the grid lower, for example 'uniform(64, t_max=0.99)', or predict 'v()' or 'x0()'.")
 

@@ -163,8 +163,8 @@ def benchmark_training(this: Run, state: State, peak: float) -> tuple[State, dic
 
 def benchmark_sampling(this: Run, state: State, peak: float) -> dict:
   """The sampler of config.transform, config.sample.batch samples at once."""
-  program, facts = compile_program(this, lambda: trace_sampler(this))
-  count = shared(this, this.config.sample.batch)
+  c, count = this.config, shared(this, this.config.sample.batch)
+  program, facts = compile_program(this, lambda: trace_sampler(this, c.transform, count))
   index = np.arange(count, dtype=np.int32)
   rows = meshes.place((index, this.task.context(index)), this.mesh)
   def work(runs):

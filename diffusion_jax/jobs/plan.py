@@ -74,7 +74,8 @@ def cases(config: ConfigDict, slices: dict[str, list]) -> Iterator[tuple[str, st
 def plan(this: Run, topology: str, programs: tuple[str, ...]) -> list[dict]:
   """Compile the programs, side by side, print what they ask, and return a row of the table for each."""
   c, chips, state = this.config, this.mesh.size, state_shapes(this)
-  trace = {'train': lambda: trace_step(this, state, batch_shapes(this)), 'sample': lambda: trace_sampler(this)}
+  trace = {'train': lambda: trace_step(this, state, batch_shapes(this)),
+           'sample': lambda: trace_sampler(this, c.transform, c.sample.batch)}
   count = {'train': c.train.batch, 'sample': shared(this, c.sample.batch)}
   held = {'train': state, 'sample': (chosen_params(this, state), state.extra)}
   traced = {name: trace[name]() for name in programs}

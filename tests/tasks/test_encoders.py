@@ -170,7 +170,7 @@ def test_a_plan_has_the_shapes_without_the_run(taken, tmp_path):
   planned = runs.open_run(config(text__frozen='nowhere', sample__negative='red'), tmp_path, read=False)
   assert planned.task.row == make_task(taken[1], False, taken[0]).row
   runs.trace_step(planned, runs.state_shapes(planned), runs.batch_shapes(planned))
-  runs.trace_sampler(planned)
+  runs.trace_sampler(planned, planned.config.transform, 8)
   assert not np.asarray(planned.task.context(np.arange(3))['text']['sequence']).any()
 
 
