@@ -78,10 +78,11 @@ def get_config():
   config.train.nonfinite = 'stop'  # a loss or gradient that is not finite: 'stop', or 'skip' the step and count it
   config.train.nonfinite_most = 10  # with 'skip': more of such steps in a row than this stop the run
   config.optimizer = ConfigDict()
-  config.optimizer.rate = 1e-3  # of AdamW, after the warm-up
+  config.optimizer.name = 'adamw'  # or 'muon', which learns more in a step, for the kernels of inner layers
+  config.optimizer.rate = 1e-3  # after the warm-up
   config.optimizer.warmup = 100  # steps
   config.optimizer.decay = 'constant'  # 'constant', or 'cosine' to 0 at train.steps
-  config.optimizer.b1 = 0.9
+  config.optimizer.b1 = 0.9  # of AdamW, as the next two
   config.optimizer.b2 = 0.999
   config.optimizer.eps = 1e-8
   config.optimizer.weight_decay = 0.0

@@ -72,7 +72,9 @@ def open_run(config: ConfigDict, workdir: Path, read: bool, devices: Sequence[ja
   chosen_ema(config)
   o = config.optimizer
   rate = optimizers.schedule(o.rate, o.warmup, o.decay, config.train.steps)
-  optimizer = optimizers.adamw(rate, o.b1, o.b2, o.eps, o.weight_decay, o.clip)
+  if o.name not in optimizers.OPTIMIZERS:
+    raise ValueError(f'config.optimizer.name is {o.name!r}; legal are {sorted(optimizers.OPTIMIZERS)}.')
+  optimizer = optimizers.OPTIMIZERS[o.name](rate, o.b1, o.b2, o.eps, o.weight_decay, o.clip)
   config.sharding = tuple(config.sharding) or default_sharding(config)
   run = Run(config, workdir, mesh, task, method, optimizer, rate)
   state_shapes(run)  # every rule of config.sharding can be applied

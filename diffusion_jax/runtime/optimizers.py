@@ -1,10 +1,12 @@
 """Optimizers, and moving averages of the parameters."""
+import re
 from collections.abc import Sequence
 
 import jax
 import optax
 from jax import numpy as jnp
 from jaxtyping import Array, PyTree
+from optax import contrib
 
 
 def schedule(rate: float, warmup: int, decay: str, steps: int) -> optax.Schedule:
@@ -21,6 +23,34 @@ def adamw(rate: optax.Schedule, b1: float, b2: float, eps: float, weight_decay: 
   """AdamW (arXiv:1711.05101) on gradients clipped to the global norm `clip` (0: not clipped)."""
   clipping = [optax.clip_by_global_norm(clip)] if clip else []
   return optax.chain(*clipping, optax.adamw(rate, b1, b2, eps, weight_decay=weight_decay))
+
+
+def muon(rate: optax.Schedule, b1: float, b2: float, eps: float, weight_decay: float,
+         clip: float) -> optax.GradientTransformation:
+  """Muon (Jordan, 2024): kernels of inner layers move by their momentum with all its singular values brought near 1, times
+  0.2 sqrt(max(fan in, fan out)), as far as AdamW moves them, whose rate so serves (arXiv:2502.16982, eq. 4).
+
+  The momentum is Nesterov's, with 0.95. All else, and a backbone's first and last layer, moves by NAdamW with b1 and b2.
+  A convolution is the matrix from all that it reads to its channels; of layers that are stacked for a scan each is one.
+  """
+  clipping = [optax.clip_by_global_norm(clip)] if clip else []
+  return optax.chain(*clipping, contrib.muon(
+      rate, eps=eps, weight_decay=weight_decay, adam_b1=b1, adam_b2=b2, adam_weight_decay=weight_decay,
+      muon_weight_dimension_numbers=_matrices, consistent_rms=0.2))
+
+
+def _matrices(params: PyTree) -> PyTree:
+  """Which axes of each parameter are the rows and the columns of Muon's matrix; None for all that it leaves."""
+  def axes(path, leaf):
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    if not name.endswith('/kernel') or re.search(r'embedding|backbone/(in|out)/', name):
+      return None
+    stacked = int(bool(re.search(r'_to_\d+/', name)))
+    return contrib.MuonDimensionNumbers(tuple(range(stacked, leaf.ndim - 1)), leaf.ndim - 1)
+  return jax.tree_util.tree_map_with_path(axes, params)
+
+
+OPTIMIZERS = {'adamw': adamw, 'muon': muon}
 
 
 def ema_decay(decay: float, step: Array) -> Array:

@@ -73,6 +73,14 @@ def test_a_mesh_and_parts_do_not_change_the_training_of_a_transformer(tmp_path, 
 MIXED = 'data=2,fsdp=2,tensor=2'
 
 
+@pytest.mark.slow
+def test_a_mesh_does_not_change_what_muon_learns(tmp_path, x64):
+  network = NETWORK.format('dtype="float64", param_dtype="float64"')
+  for mesh in (MIXED, 'data=1'):
+    train.run(on(mesh, network=network, optimizer__name='muon'), tmp_path / mesh)
+  np.testing.assert_allclose(*(list(losses(tmp_path / mesh).values()) for mesh in (MIXED, 'data=1')), rtol=1e-9)
+
+
 @pytest.fixture(scope='module')
 def mixed(tmp_path_factory):
   """A run of 4 steps on a mixed mesh."""
@@ -86,12 +94,13 @@ def on(mesh, **fields):
 
 
 def test_every_device_holds_a_part_of_the_state(tmp_path):
-  run = runs.open_run(on(MIXED), tmp_path, read=True)
+  """Of all moments too: Muon has its own and Adam's."""
+  run = runs.open_run(on(MIXED, optimizer__name='muon'), tmp_path, read=True)
   state = runs.new_state(run)
   whole, held = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), meshes.shard_bytes(state)
   shards = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
   assert held == shards < 0.4 * whole  # a quarter, and the biases of 8 entries
-  alone = runs.new_state(runs.open_run(on('data=1'), tmp_path, read=True))
+  alone = runs.new_state(runs.open_run(on('data=1', optimizer__name='muon'), tmp_path, read=True))
   for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(alone), strict=True):
     np.testing.assert_array_equal(a, b)  # born there as it is on one device
 

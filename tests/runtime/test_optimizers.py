@@ -1,11 +1,13 @@
-"""Rates, AdamW and moving averages against numpy and closed forms."""
+"""Rates, AdamW, Muon and moving averages against numpy and closed forms."""
+import functools
+
 import jax
 import numpy as np
 import optax
 import pytest
 from jax import numpy as jnp
 
-from diffusion_jax.runtime.optimizers import adamw, ema_decay, schedule, update_emas
+from diffusion_jax.runtime.optimizers import adamw, ema_decay, muon, schedule, update_emas
 
 
 def test_cosine():
@@ -77,6 +79,61 @@ def test_clipping_bounds_what_a_huge_gradient_does():
   for size in (10.0, 1e6):
     updates, _ = optimizer.update(jnp.array([3.0, 0, 4, 0]) * size, optimizer.init(params), params)
     np.testing.assert_allclose(updates, -2 / 1e3 * np.array([0.6, 0, 0.8, 0]), rtol=2e-3)
+
+
+def first_update(optimizer, params, grads):
+  return optimizer.update(grads, optimizer.init(params), params)[0]
+
+
+def tree(kernels):
+  """Arrays by their paths, as a tree."""
+  found = {}
+  for path, array in kernels.items():
+    *folders, name = path.split('/')
+    place = found
+    for folder in folders:
+      place = place.setdefault(folder, {})
+    place[name] = jnp.asarray(array, jnp.float32)
+  return found
+
+
+INNER = {'backbone/block/conv_1/kernel': (3, 3, 4, 8), 'backbone/attention/out/kernel': (16, 6),
+         'backbone/block_0_to_2/mlp/kernel': (3, 6, 12)}
+OUTER = {'backbone/in/kernel': (3, 3, 3, 8), 'backbone/out/kernel': (8, 3), 'backbone/block/conv_1/bias': (8,),
+         'backbone/block_0_to_2/mlp/bias': (3, 12), 'text/token_embedding/embedding': (20, 4),
+         'image/patch_embedding/kernel': (12, 4)}
+
+
+def test_muon_brings_all_singular_values_near_one_and_leaves_the_rest_to_adam():
+  """Of the matrix from all that a layer reads to its channels, each layer of a stack apart; and weights decay."""
+  rng = np.random.default_rng(0)
+  draw = lambda: tree({path: rng.normal(size=shape) for path, shape in (INNER | OUTER).items()})
+  params, grads = draw(), draw()
+  found = first_update(muon(lambda n: 0.1, 0.8, 0.95, 1e-8, 0.3, 0.0), params, grads)
+  adam = first_update(optax.nadamw(0.1, 0.8, 0.95, 1e-8, weight_decay=0.3), params, grads)
+  of = lambda values, path: np.asarray(functools.reduce(dict.__getitem__, path.split('/'), values))
+  for path in OUTER:
+    np.testing.assert_allclose(of(found, path), of(adam, path), rtol=1e-6)
+  for path, shape in INNER.items():
+    update, weight, grad = (of(values, path) for values in (found, params, grads))
+    update = -(update / 0.1 + 0.3 * weight)
+    layers = [(update, grad)] if 'to' not in path else list(zip(update, grad, strict=True))
+    for ours, theirs in layers:
+      ours, theirs = (each.reshape(-1, shape[-1]) for each in (ours, theirs))
+      values = np.linalg.svd(ours / (0.2 * np.sqrt(max(ours.shape))), compute_uv=False)
+      assert values.min() > 0.6 and values.max() < 1.3
+      left, _, right = np.linalg.svd(theirs, full_matrices=False)
+      assert np.vdot(ours, left @ right) > 0.95 * np.linalg.norm(ours) * np.linalg.norm(left @ right)
+
+
+def test_muon_clips_first():
+  """By the norm of all parameters together, of which the bias is 2 entries in 6; with a large eps Adam moves by it."""
+  params = tree({'backbone/block/kernel': np.ones((2, 2)), 'backbone/block/bias': np.zeros(2)})
+  def bias(size, clip):
+    grads = jax.tree.map(lambda leaf: size + jnp.zeros_like(leaf), params)
+    return first_update(muon(lambda n: 1.0, 0.9, 0.999, 1e3, 0.0, clip), params, grads)['backbone']['block']['bias']
+  np.testing.assert_allclose(bias(100.0, 2.0), bias(2 / np.sqrt(6), 0.0), rtol=1e-5)
+  assert abs(bias(1.0, 0.0)).min() > abs(bias(100.0, 2.0)).max() > 0
 
 
 def test_the_decay_ramps_up():
