@@ -12,6 +12,8 @@ from configs import shapes
 
 def get_config():
   config = shapes.get_config()
+  config.data.count = 20_000
+  config.optimizer.name = 'adamw'
   config.train.steps = 1200
   config.condition.reference = 'CLIPVision(width=64, layers=2, heads=4, patch=4)'
   config.condition.known = True

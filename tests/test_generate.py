@@ -26,12 +26,12 @@ MASK[4:10, 5:12] = True
 
 @pytest.fixture(scope='module')
 def workdir(tmp_path_factory):
-  """A run on shapes of two steps, and its samples."""
+  """A run on shapes of two steps."""
   folder = tmp_path_factory.mktemp('shapes') / 'run'
   config = tiny(task='captions', data__source='shapes', data__size=(16, 16), data__channels=3, data__count=40,
                 data__holdout=8, text__encoder='CLIPText(width=16, layers=1, heads=2)', text__length=32, train__steps=2,
                 condition__known=True, condition__reference='CLIPVision(width=16, layers=1, heads=2, patch=8)',
-                sample__count=4, sample__batch=8, transform='guide(2.0) | clip(1.0)', mesh='data=1')
+                sample__batch=8, transform='guide(2.0) | clip(1.0)', mesh='data=1')
   assert train.run(config, folder) == 0
   return folder
 

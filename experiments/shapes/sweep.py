@@ -8,7 +8,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from numpy.typing import NDArray
 
 from diffusion_jax.metrics.share import share
@@ -79,6 +79,7 @@ def plot(rows: list[dict], path: Path) -> None:
 
 
 def main(_: list[str]) -> None:
+  logging.set_verbosity(logging.WARNING)  # of Orbax
   workdir, count = flags.FLAGS.workdir, flags.FLAGS.count
   texts = shapes.Shapes(count // COPIES, 16, 2, unseen=False).prompts
   prompts = [text for text in texts for _ in range(COPIES)]

@@ -26,7 +26,7 @@ def equal(workdir, other):
   assert losses(workdir) == losses(other)
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize('number', [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_sigterm_and_ctrl_c_save_and_leave(tmp_path, undisturbed, number):
   workdir = tmp_path / 'run'
   process = start(workdir, *flags(checkpoint__every=1000, train__steps=8))

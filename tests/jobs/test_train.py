@@ -158,6 +158,7 @@ BAD = {
     'data__channels': (3, 'type --config.data.channels=1'),
     'train__nonfinite': ('ignore', "legal are 'stop' and 'skip'"),
     'train__nonfinite_most': (-1, 'config.train.nonfinite_most is -1; it must be 0 or more'),
+    'optimizer__name': ('sgd', "config.optimizer.name is 'sgd'; legal are ['adamw', 'muon']"),
     'optimizer__decay': ('linear', "legal are 'cosine' and 'constant'"),
 }
 
