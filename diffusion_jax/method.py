@@ -86,15 +86,15 @@ def make_method(config: ConfigDict, task: Task) -> Method:
   adaptive, drops = isinstance(law, Adaptive), config.train.drop > 0 or config.train.drop_each > 0
   make_loss, net = _make_loss(config), make_network(config, task)
   begin, apply = jax.jit(net.init), jax.jit(net.apply)  # each is traced once for all who call it with the same shapes
-  x, cond = _example(task)
-  jax.eval_shape(begin, KEY, x, np.zeros(1, np.float32), cond)
+  example = _example(task)
+  jax.eval_shape(begin, KEY, *example)  # the network's fields contradict neither each other nor the task's shape
   first = Gaussian(_first(schedule)), _as_uniform(law.times(law.init())) if adaptive else law
   _check_times(config, *first)
   make_loss(*first)
 
   def init(key):
     mathematics = {name: part.init(jax.random.fold_in(key, i)) for i, (name, part) in enumerate(learned.items())}
-    return {**begin(key, x, np.zeros(1, np.float32), cond), **mathematics}, {'times': law.init()} if adaptive else {}
+    return {**begin(key, *example), **mathematics}, {'times': law.init()} if adaptive else {}
 
   def network(params, dropout_keys=None) -> Network:
     def call(x, feature, cond):
@@ -274,7 +274,7 @@ def _build(config: ConfigDict, field: str, names: dict[str, Callable]) -> Any:
     raise ValueError(f'config.{field}: {error}') from error
 
 
-def _example(task: Task) -> tuple[np.ndarray, dict | None]:
-  """One example of zeros, for shapes."""
+def _example(task: Task) -> tuple[np.ndarray, np.ndarray, dict | None]:
+  """What the network takes, (x, the time feature, cond), of one example of zeros, for shapes."""
   cond = jax.tree.map(lambda leaf: np.zeros((1, *leaf.shape), leaf.dtype), task.null)
-  return np.zeros((1, *task.shape), np.float32), cond
+  return np.zeros((1, *task.shape), np.float32), np.zeros(1, np.float32), cond

@@ -21,8 +21,7 @@ def schedule(rate: float, warmup: int, decay: str, steps: int) -> optax.Schedule
 def adamw(rate: optax.Schedule, b1: float, b2: float, eps: float, weight_decay: float,
           clip: float) -> optax.GradientTransformation:
   """AdamW (arXiv:1711.05101) on gradients clipped to the global norm `clip` (0: not clipped)."""
-  clipping = [optax.clip_by_global_norm(clip)] if clip else []
-  return optax.chain(*clipping, optax.adamw(rate, b1, b2, eps, weight_decay=weight_decay))
+  return _clipped(clip, optax.adamw(rate, b1, b2, eps, weight_decay=weight_decay))
 
 
 def muon(rate: optax.Schedule, b1: float, b2: float, eps: float, weight_decay: float,
@@ -33,10 +32,14 @@ def muon(rate: optax.Schedule, b1: float, b2: float, eps: float, weight_decay: f
   The momentum is Nesterov's, with 0.95. All else, and a backbone's first and last layer, moves by NAdamW with b1 and b2.
   A convolution is the matrix from all that it reads to its channels; of layers that are stacked for a scan each is one.
   """
-  clipping = [optax.clip_by_global_norm(clip)] if clip else []
-  return optax.chain(*clipping, contrib.muon(
+  return _clipped(clip, contrib.muon(
       rate, eps=eps, weight_decay=weight_decay, adam_b1=b1, adam_b2=b2, adam_weight_decay=weight_decay,
       muon_weight_dimension_numbers=_matrices, consistent_rms=0.2))
+
+
+def _clipped(clip: float, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+  """The optimizer on gradients clipped to the global norm `clip`, 0: not clipped."""
+  return optax.chain(*[optax.clip_by_global_norm(clip)] * bool(clip), optimizer)
 
 
 def _matrices(params: PyTree) -> PyTree:

@@ -1,10 +1,9 @@
 """Rates, AdamW, Muon and moving averages against numpy and closed forms."""
-import functools
-
 import jax
 import numpy as np
 import optax
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import numpy as jnp
 
 from diffusion_jax.runtime.optimizers import adamw, ema_decay, muon, schedule, update_emas
@@ -85,18 +84,6 @@ def first_update(optimizer, params, grads):
   return optimizer.update(grads, optimizer.init(params), params)[0]
 
 
-def tree(kernels):
-  """Arrays by their paths, as a tree."""
-  found = {}
-  for path, array in kernels.items():
-    *folders, name = path.split('/')
-    place = found
-    for folder in folders:
-      place = place.setdefault(folder, {})
-    place[name] = jnp.asarray(array, jnp.float32)
-  return found
-
-
 INNER = {'backbone/block/conv_1/kernel': (3, 3, 4, 8), 'backbone/attention/out/kernel': (16, 6),
          'backbone/block_0_to_2/mlp/kernel': (3, 6, 12)}
 OUTER = {'backbone/in/kernel': (3, 3, 3, 8), 'backbone/out/kernel': (8, 3), 'backbone/block/conv_1/bias': (8,),
@@ -107,16 +94,16 @@ OUTER = {'backbone/in/kernel': (3, 3, 3, 8), 'backbone/out/kernel': (8, 3), 'bac
 def test_muon_brings_all_singular_values_near_one_and_leaves_the_rest_to_adam():
   """Of the matrix from all that a layer reads to its channels, each layer of a stack apart; and weights decay."""
   rng = np.random.default_rng(0)
-  draw = lambda: tree({path: rng.normal(size=shape) for path, shape in (INNER | OUTER).items()})
+  shapes = INNER | OUTER
+  draw = lambda: unflatten_dict({path: jnp.asarray(rng.normal(size=shapes[path])) for path in shapes}, sep='/')
   params, grads = draw(), draw()
   found = first_update(muon(lambda n: 0.1, 0.8, 0.95, 1e-8, 0.3, 0.0), params, grads)
   adam = first_update(optax.nadamw(0.1, 0.8, 0.95, 1e-8, weight_decay=0.3), params, grads)
-  of = lambda values, path: np.asarray(functools.reduce(dict.__getitem__, path.split('/'), values))
+  found, adam, params, grads = (flatten_dict(values, sep='/') for values in (found, adam, params, grads))
   for path in OUTER:
-    np.testing.assert_allclose(of(found, path), of(adam, path), rtol=1e-6)
+    np.testing.assert_allclose(found[path], adam[path], rtol=1e-6)
   for path, shape in INNER.items():
-    update, weight, grad = (of(values, path) for values in (found, params, grads))
-    update = -(update / 0.1 + 0.3 * weight)
+    update, grad = -(found[path] / 0.1 + 0.3 * params[path]), grads[path]
     layers = [(update, grad)] if 'to' not in path else list(zip(update, grad, strict=True))
     for ours, theirs in layers:
       ours, theirs = (each.reshape(-1, shape[-1]) for each in (ours, theirs))
@@ -128,7 +115,7 @@ def test_muon_brings_all_singular_values_near_one_and_leaves_the_rest_to_adam():
 
 def test_muon_clips_first():
   """By the norm of all parameters together, of which the bias is 2 entries in 6; with a large eps Adam moves by it."""
-  params = tree({'backbone/block/kernel': np.ones((2, 2)), 'backbone/block/bias': np.zeros(2)})
+  params = {'backbone': {'block': {'kernel': jnp.ones((2, 2)), 'bias': jnp.zeros(2)}}}
   def bias(size, clip):
     grads = jax.tree.map(lambda leaf: size + jnp.zeros_like(leaf), params)
     return first_update(muon(lambda n: 1.0, 0.9, 0.999, 1e3, 0.0, clip), params, grads)['backbone']['block']['bias']
