@@ -12,5 +12,4 @@ from configs import shapes
 def get_config():
   config = shapes.get_config()
   config.network = 'DiT(width=128, depth=6, heads=4, patch=2, attend="cross", qk_norm=True)'
-  config.optimizer.rate = 1e-3
   return config

@@ -5,8 +5,10 @@ import optax
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import numpy as jnp
+from optax import contrib
+from optax.contrib import _muon
 
-from diffusion_jax.runtime.optimizers import adamw, ema_decay, muon, schedule, update_emas
+from diffusion_jax.runtime.optimizers import adamw, ema_decay, muon, orthogonal, schedule, update_emas
 
 
 def test_cosine():
@@ -111,6 +113,28 @@ def test_muon_brings_all_singular_values_near_one_and_leaves_the_rest_to_adam():
       assert values.min() > 0.6 and values.max() < 1.3
       left, _, right = np.linalg.svd(theirs, full_matrices=False)
       assert np.vdot(ours, left @ right) > 0.95 * np.linalg.norm(ours) * np.linalg.norm(left @ right)
+
+
+@pytest.mark.parametrize('shape', [(12, 12), (40, 6), (5, 30), (3, 20, 8)])
+def test_orthogonal_is_optaxs(x64, shape):
+  """Whose iteration multiplies the large matrix in each step, on matrices with singular values over three decades."""
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.normal(size=shape) * np.geomspace(1, 1e-3, shape[-1]))
+  dims, coefficients = contrib.MuonDimensionNumbers(len(shape) - 2, len(shape) - 1), jnp.array([3.4445, -4.7750, 2.0315])
+  peer = _muon.orthogonalize_via_newton_schulz(x, coefficients, dimension_numbers=dims)
+  np.testing.assert_allclose(orthogonal(x), peer, rtol=0, atol=1e-12)
+
+
+def test_orthogonal_of_float32_keeps_what_float64_says():
+  """Although x^T x has the squares of the singular values, here over six decades."""
+  x = np.random.default_rng(0).normal(size=(200, 40)) * np.geomspace(1, 1e-3, 40)
+  with jax.enable_x64(True):
+    expected = np.asarray(orthogonal(jnp.asarray(x)))
+  np.testing.assert_allclose(orthogonal(jnp.asarray(x, jnp.float32)), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+def test_orthogonal_of_nothing_is_nothing():
+  assert not jnp.any(orthogonal(jnp.zeros((4, 3))))
 
 
 def test_muon_clips_first():
