@@ -29,7 +29,7 @@ def get_config():
   config.train.batch = 64
   config.train.ema = (0.995,)
   config.optimizer.name = 'muon'
-  config.optimizer.rate = 4e-3
+  config.optimizer.rate = 2e-3
   config.optimizer.decay = 'cosine'
   config.optimizer.b2 = 0.99
   config.optimizer.weight_decay = 0.01
