@@ -166,6 +166,11 @@ def read_part(folder: Path, *names: str) -> Any | None:
   return found
 
 
+def read_sampled(folder: Path, average: str, *names: str) -> Any | None:
+  """What lies under `names` in the parameters of `average`, as optimizers.chosen_ema names them; else as `read_part`."""
+  return read_part(folder, *(['params'] if average == '0.0' else ['ema', average]), *names)
+
+
 def _steps(folder: Path) -> list[int]:
   return sorted(int(path.name) for path in folder.glob('*') if path.is_dir() and path.name.isdigit())
 

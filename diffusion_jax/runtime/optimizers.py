@@ -9,6 +9,8 @@ import optax
 from jax import numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from diffusion_jax.runtime.sharding import name_of
+
 
 def schedule(rate: float, warmup: int, decay: str, steps: int) -> optax.Schedule:
   """A linear warm-up over `warmup` steps to `rate`, then constant, or along a cosine to 0 at `steps`."""
@@ -65,7 +67,7 @@ def _clipped(clip: float, optimizer: optax.GradientTransformation) -> optax.Grad
 def _orthogonalized(updates: PyTree) -> PyTree:
   """Every kernel orthogonal, times 0.2 sqrt(max(fan in, fan out))."""
   def move(path, leaf):
-    stacked = bool(re.search(r'_to_\d+/', _name(path)))
+    stacked = bool(re.search(r'_to_\d+/', name_of(path)))
     matrix = leaf.reshape(*leaf.shape[:stacked], -1, leaf.shape[-1])
     return (0.2 * math.sqrt(max(matrix.shape[-2:])) * orthogonal(matrix)).reshape(leaf.shape)
   return jax.tree_util.tree_map_with_path(move, updates)
@@ -74,13 +76,9 @@ def _orthogonalized(updates: PyTree) -> PyTree:
 def _parts(params: PyTree) -> PyTree:
   """'kernels' for those of inner layers, 'rest' for all other parameters."""
   def part(path, _):
-    inner = _name(path).endswith('/kernel') and not re.search(r'embedding|backbone/(in|out)/', _name(path))
+    inner = name_of(path).endswith('/kernel') and not re.search(r'embedding|backbone/(in|out)/', name_of(path))
     return 'kernels' if inner else 'rest'
   return jax.tree_util.tree_map_with_path(part, params)
-
-
-def _name(path: tuple) -> str:
-  return jax.tree_util.keystr(path, simple=True, separator='/')
 
 
 OPTIMIZERS = {'adamw': adamw, 'muon': muon}

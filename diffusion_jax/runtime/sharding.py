@@ -14,6 +14,11 @@ Rule = Callable[[tuple[int, ...], Mesh, list[str | None]], list[str | None]]
 """(shape, mesh, the mesh axis by which each axis is cut so far) -> the same with one more cut."""
 
 
+def name_of(path: tuple) -> str:
+  """The path of a parameter in its tree as 'params/backbone/in/kernel'."""
+  return jax.tree_util.keystr(path, simple=True, separator='/')
+
+
 def replicate() -> Rule:
   """Every device holds all of the parameter."""
   return lambda shape, mesh, cuts: cuts
@@ -54,7 +59,7 @@ def shardings(params: PyTree, rules: Sequence[tuple[str, str]], mesh: Mesh) -> P
   """
   parsed = [_parse(pattern, text) for pattern, text in rules]
   def place(path, leaf):
-    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    name = name_of(path)
     text, rule = next(((text, rule) for pattern, text, rule in parsed if pattern.search(name)), (None, None))
     if rule is None:
       raise ValueError(f"config.sharding has no rule for {name}: end it with ('.*', 'fsdp()'), or ('.*', 'replicate()').")

@@ -9,6 +9,7 @@ from jaxtyping import Array, PyTree
 
 from diffusion_jax.core.types import Draw
 from diffusion_jax.runtime import optimizers
+from diffusion_jax.runtime.sharding import name_of
 
 
 class State(NamedTuple):
@@ -90,5 +91,5 @@ def worst_layer(params: PyTree, broken: Array) -> str:
   path, leaf = leaves[int(broken.argmax())]
   if not broken.max():
     return 'its gradient is finite in all parameters'
-  return (f'the worst layer is {jax.tree_util.keystr(path, simple=True, separator="/")}, with {int(broken.max())} of '
-          f'{leaf.size} entries of its gradient not finite')
+  return (f'the worst layer is {name_of(path)}, with {int(broken.max())} of {leaf.size} entries of its gradient not '
+          'finite')

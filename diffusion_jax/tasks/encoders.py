@@ -22,9 +22,10 @@ from ml_collections import ConfigDict
 from diffusion_jax.build import build
 from diffusion_jax.networks import embed, text
 from diffusion_jax.runtime import mesh as meshes
-from diffusion_jax.runtime.checkpoints import read_part
+from diffusion_jax.runtime.checkpoints import read_sampled
 from diffusion_jax.runtime.logs import say
 from diffusion_jax.runtime.optimizers import chosen_ema
+from diffusion_jax.runtime.sharding import name_of
 from diffusion_jax.runtime.workdir import load_complete
 
 ENCODER = 'text/encoder.npz'  # in the workdir, so that the run from which it was taken may go
@@ -132,7 +133,7 @@ class Frozen:
   def _batches(self, tokens: np.ndarray, mask: np.ndarray) -> Iterator[Rows]:
     """What it says of the texts, BATCH a device of this process at a time: one program for any number of them."""
     mesh = meshes.make_mesh('data=-1', jax.local_devices())
-    size, read = BATCH * mesh.size, lambda path, leaf: self.contents[_name(path)].view(leaf.dtype)
+    size, read = BATCH * mesh.size, lambda path, leaf: self.contents[name_of(path)].view(leaf.dtype)
     with jax.ensure_compile_time_eval():  # the null may be read first while a program that holds it is traced
       params = jax.device_put(jax.tree_util.tree_map_with_path(read, self.like), meshes.replicated(mesh))
     for first in range(0, len(tokens), size):
@@ -215,14 +216,13 @@ def _take(fields: ConfigDict, like: PyTree) -> Rows:
   """The parameters of its encoder that the run of config.text.frozen samples with, by their path, and their digest."""
   run = Path(fields.frozen)
   there = load_complete(run)
-  average = chosen_ema(there.train.ema, there.sample.ema)
-  found = read_part(run / 'checkpoints', *(['params'] if average == '0.0' else ['ema', average]), *embed.ENCODER)
+  found = read_sampled(run / 'checkpoints', chosen_ema(there.train.ema, there.sample.ema), *embed.ENCODER)
   if found is None:
     raise _refusal(fields, 'in whose checkpoints there is no text encoder')
   shapes = lambda tree: jax.tree.map(lambda leaf: leaf.shape, tree)
   if shapes(found) != shapes(like):
     raise _refusal(fields, f'whose encoder has other parameters than {fields.encoder} has today')
-  flat = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(found)}
+  flat = {name_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(found)}
   digest = hashlib.sha256(f'{fields.encoder} {fields.vocabulary} {fields.length}'.encode())
   for name, leaf in flat.items():
     digest.update(f'{name} {leaf.dtype} {leaf.shape}'.encode() + leaf.tobytes())
@@ -232,7 +232,3 @@ def _take(fields: ConfigDict, like: PyTree) -> Rows:
 def _refusal(fields: ConfigDict, why: str) -> ValueError:
   return ValueError(f"config.text.frozen is {fields.frozen!r}, {why}. Type the workdir of a run that was trained on "
                     "captions, or '' to train the encoder with the network.")
-
-
-def _name(path: tuple) -> str:
-  return jax.tree_util.keystr(path, simple=True, separator='/')

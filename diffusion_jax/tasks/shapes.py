@@ -81,17 +81,26 @@ def draw(facts: Facts, side: int, rng: np.random.Generator) -> np.ndarray:
   """A picture [side, side, 3], uint8, of the facts: the shapes lie anywhere in their half, a pixel or more apart."""
   large = side // 4
   mask = MASKS[facts.shape].repeat(large // 4, 0).repeat(large // 4, 1)
-  high = np.array([side, side // 2] if facts.position in ('left', 'right') else [side // 2, side])
-  first = {'right': (0, side // 2), 'bottom': (side // 2, 0)}.get(facts.position, (0, 0))
+  first, size = half(facts.position, side)
   while True:
-    corners = rng.integers(0, high - large + 1, (facts.count, 2))
-    apart = np.abs(corners[:, None] - corners[None]).max(-1) > large
-    if (apart | np.eye(facts.count, dtype=bool)).all():
+    corners = rng.integers(0, size - large + 1, (facts.count, 2))
+    if (apart(corners, large) | np.eye(facts.count, dtype=bool)).all():
       break
   picture = np.zeros((side, side, 3), np.uint8)
   for top, left in corners + first:
     picture[top:top + large, left:left + large][mask] = COLOURS[facts.colour]
   return picture
+
+
+def half(position: str, side: int) -> tuple[np.ndarray, np.ndarray]:
+  """The first corner of the half of a picture that a position names, and its height and width."""
+  size = np.array([side, side // 2] if position in ('left', 'right') else [side // 2, side])
+  return np.array({'right': (0, side // 2), 'bottom': (side // 2, 0)}.get(position, (0, 0))), size
+
+
+def apart(corners: np.ndarray, large: int) -> np.ndarray:
+  """Which of the corners [N, 2] of shapes of `large` pixels leave a pixel or more between them, bool [N, N]."""
+  return np.abs(corners[:, None] - corners[None]).max(-1) > large
 
 
 def forget(facts: Facts, rng: np.random.Generator) -> Facts:

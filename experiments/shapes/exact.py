@@ -20,7 +20,7 @@ from diffusion_jax.core.guidance import dropped
 from diffusion_jax.core.types import Estimate, Level, example_keys
 from diffusion_jax.method import make_sampling
 from diffusion_jax.run import Run, chosen_ema, open_run
-from diffusion_jax.runtime.checkpoints import read_part
+from diffusion_jax.runtime.checkpoints import read_sampled
 from diffusion_jax.runtime.workdir import load_complete, write_csv
 from diffusion_jax.tasks import shapes
 
@@ -40,12 +40,11 @@ def places() -> tuple[NDArray, NDArray, NDArray]:
   how many sets of one, two and three there are [G, 3]."""
   added, apart = np.zeros((len(GROUPS), 65, SIDE, SIDE, 3)), np.zeros((len(GROUPS), 65, 65))
   for group, ((colour, form), place) in enumerate(GROUPS):
-    rows, columns = (SIDE, SIDE // 2) if place in ('left', 'right') else (SIDE // 2, SIDE)
-    first = np.array({'right': (0, SIDE // 2), 'bottom': (SIDE // 2, 0)}.get(place, (0, 0)))
-    corners = first + list(np.ndindex(rows - LARGE + 1, columns - LARGE + 1))
+    first, size = shapes.half(place, SIDE)
+    corners = first + list(np.ndindex(*(size - LARGE + 1)))
     for at, (top, left) in enumerate(corners):
       added[group, at, top:top + LARGE, left:left + LARGE][shapes.MASKS[form]] = np.array(shapes.COLOURS[colour]) / 127.5
-    apart[group] = np.abs(corners[:, None] - corners[None]).max(-1) > LARGE
+    apart[group] = shapes.apart(corners, LARGE)
   sets = np.stack([np.full(len(GROUPS), 65), apart.sum((1, 2)) / 2, (apart @ apart * apart).sum((1, 2)) / 6], -1)
   return added.reshape(len(GROUPS), 65, -1), apart, sets
 
@@ -84,12 +83,13 @@ def exact_mean(x: Float[Array, 'D'], alpha: Array, sigma: Array, fit: Array) -> 
   return jnp.einsum('gi,gid->d', there, added) - 1
 
 
-def exact(x: Float[Array, 'B H W C'], level: Level, fit: Array) -> Float[Array, 'B H W C']:
-  """The exact mean of each of a batch, within [-1, 1]."""
+def exact(x: Float[Array, 'B H W C'], level: Level, cond: dict) -> Estimate:
+  """The exact denoiser, of the condition {'fit': what is allowed [B, G, 3]}, whose null allows all."""
   each = lambda value: jnp.broadcast_to(value, len(x))
+  fit = cond['fit'] | cond['drop']['fit'][:, None, None] if 'drop' in cond else cond['fit']
   rows = x.reshape(len(x), -1), each(level.alpha), each(level.sigma), fit
   found = jax.lax.map(lambda row: exact_mean(*row), rows, batch_size=BATCH)
-  return found.reshape(x.shape).astype(x.dtype)
+  return Estimate(found.reshape(x.shape).astype(x.dtype))
 
 
 def excess(run: Run, params: PyTree, table: shapes.Shapes) -> list[dict]:
@@ -97,7 +97,6 @@ def excess(run: Run, params: PyTree, table: shapes.Shapes) -> list[dict]:
   the caption and with none."""
   index, process, extra = np.arange(len(table)), run.method.process(params), run.method.init(jax.random.key(0))[1]
   x0 = jnp.asarray(np.stack([table[i]['x'] for i in index]) / 127.5 - 1, jnp.float32)
-  fit, cond = fits(table.prompts), run.task.context(index)
   @jax.jit
   def measure(x0, t, cond, fit, params):
     level = jax.tree.map(jnp.float32, process.level(jnp.full(len(index), t)))
@@ -105,24 +104,22 @@ def excess(run: Run, params: PyTree, table: shapes.Shapes) -> list[dict]:
     denoise = run.method.denoiser(params, extra)
     away = lambda a, b: jnp.square(a - b).sum((1, 2, 3)).mean()
     row = {}
-    for name, c, f in (('caption', cond, fit), ('null', dropped(x, cond), jnp.ones_like(fit))):
-      mean = exact(x, level, f)
-      row |= {f'{name}_exact': away(mean, x0), f'{name}_beyond': away(denoise(x, level, c).x0, mean)}
+    for name, of in (('caption', lambda c: c), ('null', lambda c: dropped(x, c))):
+      mean = exact(x, level, of(fit)).x0
+      row |= {f'{name}_exact': away(mean, x0), f'{name}_beyond': away(denoise(x, level, of(cond)).x0, mean)}
     return row
-  return [{'t': t, **{name: float(value) for name, value in measure(x0, t, cond, fit, params).items()}} for t in TIMES]
+  given = run.task.context(index), {'fit': fits(table.prompts)}, params
+  return [{'t': t, **{name: float(value) for name, value in measure(x0, t, *given).items()}} for t in TIMES]
 
 
 def drawn(run: Run, params: PyTree, prompts: list[str], scale: float) -> NDArray[np.uint8]:
   """Pictures of the exact denoiser, guided, by the run's own solver and grid."""
-  process, parts = run.method.process(params), make_sampling(run.config, 'clip(1.0)')
-  def denoise(x, level, fit):
-    null = exact(x, level, jnp.ones_like(fit))
-    return Estimate(jnp.clip(null + scale * (exact(x, level, fit) - null), -1, 1))
+  process, parts = run.method.process(params), make_sampling(run.config, f'guide({scale}) | clip(1.0)')
   @jax.jit
-  def sampler(index, fit):
+  def sampler(index, cond):
     keys = example_keys(jax.random.key(run.config.sample.seed), index)
-    return sampling.sample(keys, process, parts.solver, denoise, parts.grid, run.task.shape, fit)
-  return run.task.decode(np.asarray(sampler(np.arange(len(prompts)), fits(prompts))))
+    return sampling.sample(keys, process, parts.solver, parts.transform(exact), parts.grid, run.task.shape, cond)
+  return run.task.decode(np.asarray(sampler(np.arange(len(prompts)), {'fit': fits(prompts)})))
 
 
 def main(_: list[str]) -> None:
@@ -132,8 +129,9 @@ def main(_: list[str]) -> None:
   config, prompts = load_complete(workdir), table.prompts
   config.sample.prompts = tuple(prompts)
   run = open_run(config, workdir, read=False)
-  average = chosen_ema(config)  # only the parameters that are sampled are read
-  params = jax.device_put(read_part(workdir / 'checkpoints', *(['params'] if average == '0.0' else ['ema', average])))
+  params = jax.device_put(read_sampled(workdir / 'checkpoints', chosen_ema(config)))
+  if params is None:
+    raise ValueError(f'{workdir} holds no checkpoint yet: train first, with --mode=train.')
   rows = [{'what': 'errors', **row} for row in excess(run, params, table)]
   for scale in SCALES:
     scores = shapes.score(drawn(run, params, prompts, scale), prompts)
