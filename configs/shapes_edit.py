@@ -12,8 +12,9 @@ from configs import shapes
 
 def get_config():
   config = shapes.get_config()
-  config.data.count = 20_000  # this and AdamW are what the figures are of
+  config.data.count = 20_000  # this, and the optimizer, are what the figures are of
   config.optimizer.name = 'adamw'
+  config.optimizer.rate = 2e-3
   config.train.steps = 1200
   config.condition.reference = 'CLIPVision(width=64, layers=2, heads=4, patch=4)'
   config.condition.known = True

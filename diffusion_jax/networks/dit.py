@@ -31,11 +31,34 @@ STREAMS = '', 'sequence_'  # how the parameters of the tokens of x are named in 
 zeros = nn.initializers.zeros
 
 
+class Depthwise(nn.Module):
+  """Tokens [B, N, width] plus a convolution of each channel by itself over their places, with zeros beyond them
+  (arXiv:2102.10882, sec. 3.2). A fresh one adds nothing.
+
+  It is a sum of shifted tokens: a convolution in groups with its gradients takes six times as long on a CPU.
+  """
+  size: int
+  counts: Sequence[int]  # of the tokens, along each axis
+  param_dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):
+    axes = len(self.counts)
+    weights = self.param('weights', zeros, (self.size,) * axes + x.shape[-1:], self.param_dtype)
+    weights = weights.reshape(*weights.shape[:-1], *(1,) * (axes + 1), -1).astype(wide(x.dtype))
+    grid = x.astype(wide(x.dtype)).reshape(len(x), *self.counts, -1)
+    grid = jnp.pad(grid, [(0, 0), *[(self.size // 2,) * 2] * axes, (0, 0)])
+    shifted = lambda at: grid[:, *(slice(i, i + n) for i, n in zip(at, self.counts, strict=True))]
+    added = sum(weights[at] * shifted(at) for at in np.ndindex(*weights.shape[:axes]))
+    return (x + added.reshape(x.shape)).astype(x.dtype)
+
+
 class Block(nn.Module):
   """Attention and a perceptron, each of them added to the tokens [B, N, width], scaled, shifted and gated by the time.
 
   `streams` are the tokens of x alone, or those of x and of a sequence, which attend together by parameters of their own;
   in the last block the sequence gives only keys and values. A `sequence` beside them [B, L, D] is attended to in between.
+  With `conv`, the tokens of x first take in their neighbours.
   """
   width: int
   heads: int
@@ -43,11 +66,15 @@ class Block(nn.Module):
   last: bool
   qk_norm: bool = False
   dropout: float = 0.0
+  conv: int = 0
+  counts: Sequence[int] = ()  # of the tokens of x, along each axis, where there is a convolution
   dtype: jnp.dtype = jnp.float32
   param_dtype: jnp.dtype = jnp.float32
 
   @nn.compact
   def __call__(self, streams, places, time, sequence=None, mask=None, keys=None):
+    if self.conv:
+      streams = Depthwise(self.conv, self.counts, self.param_dtype, name='conv')(streams[0]), *streams[1:]
     names, count = STREAMS[:len(streams)], streams[0].shape[1]
     inputs = [self._before(name, x, nn.silu(time)) for name, x in zip(names, streams, strict=True)]
     together = lambda parts: jnp.concatenate([part for part in parts if part is not None], 1)
@@ -103,7 +130,8 @@ class DiT(nn.Module):
   vector [B, width] is added to the time embedding, channels are concatenated to x. A sequence is attended to after every
   self-attention (attend='cross', PixArt), or its tokens attend together with those of x, by parameters of their own
   (attend='joint', MMDiT); without a sequence both are DiT, as attend='none' is. qk_norm normalises queries and keys of
-  each head (arXiv:2302.05442, sec. 2). A fresh network says 0, and each of its blocks changes nothing.
+  each head (arXiv:2302.05442, sec. 2). With conv=3 every block begins with a depthwise convolution of 3 tokens along each
+  axis. A fresh network says 0, and each of its blocks changes nothing.
 
   dtype, param_dtype, remat and scan are those of the UNet: the time embedding and the first and last product are computed
   as sums are; scan=True runs equal blocks as one loop over stacked parameters, all of them but the last of 'joint'.
@@ -117,6 +145,7 @@ class DiT(nn.Module):
   attend: str = 'cross'
   axes: int = 2
   qk_norm: bool = False
+  conv: int = 0
   dropout: float = 0.0
   frequency_shift: int = 0
   remat: str = 'none'
@@ -137,20 +166,21 @@ class DiT(nn.Module):
     if conditioning.channels is not None:
       x = jnp.concatenate([x, conditioning.channels.astype(x.dtype)], -1)
     tokens = self._dense('in', self.width)(cut(x, patch))
-    tokens = tokens + positions([size // each for size, each in zip(space, patch, strict=True)], self.width, tokens.dtype)
+    counts = tuple(size // each for size, each in zip(space, patch, strict=True))
+    tokens = tokens + positions(counts, self.width, tokens.dtype)
     streams = [tokens.astype(self.dtype)]
     if sequence is not None and self.attend == 'joint':
       streams, sequence = [*streams, self._dense('sequence', self.width)(sequence).astype(self.dtype)], None
-    tokens = self._blocks(tuple(streams), time, sequence, conditioning.mask, keys)
+    tokens = self._blocks(counts, tuple(streams), time, sequence, conditioning.mask, keys)
     shift, scale = jnp.split(self._dense('modulation', 2 * self.width, zeros)(nn.silu(time))[:, None], 2, -1)
     out = self._dense('out', math.prod(patch) * self.out_channels, zeros)(modulate(tokens, shift, scale))
     return join(out, patch, space)
 
-  def _blocks(self, streams, *shared):
+  def _blocks(self, counts, streams, *shared):
     """The tokens of x after all blocks."""
     block = Block if self.remat == 'none' else nn.remat(Block, policy=REMAT[self.remat])
-    make = lambda kind, last, name: kind(self.width, self.heads, self.mlp, last, self.qk_norm, self.dropout, self.dtype,
-                                         self.param_dtype, name=name)
+    make = lambda kind, last, name: kind(self.width, self.heads, self.mlp, last, self.qk_norm, self.dropout, self.conv,
+                                         counts, self.dtype, self.param_dtype, name=name)
     places = np.array([[place_of((*self.path, f'block_{i}', f'{stream}dropout')) for stream in STREAMS]
                        for i in range(self.depth)])
     equal = self.depth + 1 - len(streams) if self.scan else 0
@@ -174,6 +204,8 @@ class DiT(nn.Module):
   def _check(self, x, conditioning):
     """Raise ValueError if fields contradict each other, x or the conditioning."""
     check_fields(self, x, attend=('none', 'cross', 'joint'))
+    if self.conv < 0 or self.conv and self.conv % 2 == 0:
+      raise ValueError(f'DiT got conv={self.conv}; give an odd number of tokens, or 0 for no convolution.')
     if self.heads < 1 or self.width % self.heads:
       raise ValueError(f'DiT of width={self.width} cannot have heads={self.heads}; choose a divisor.')
     if any(each < 1 or size % each for size, each in zip(x.shape[1:-1], per_axis(self, 'patch'), strict=True)):

@@ -1,8 +1,8 @@
 """How good are edits of pictures? python -m experiments.editing.table --workdir=runs/shapes --trained=runs/shapes_edit
 
 Coloured shapes are drawn by rule, so the true law of what a hole may hold is known: pictures of the same caption are drawn
-until they agree with what is around it. Writes inpainting.csv, strength.csv, outpainting.csv and a picture of each beside
-this file, and prints the tables of README.md.
+until they agree with what is around it. Writes a table, as CSV, and a picture of strength, inpainting, outpainting and
+likeness beside this file, and prints the tables of README.md.
 """
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +20,7 @@ from diffusion_jax.tasks import shapes
 HERE = Path(__file__).parent
 SIDE, HOLE, DRAWS = 16, 8, 16  # DRAWS: samples of each hole
 GUIDED = 'guide(3.0, during=(0.0, 0.8)) | clip(1.0)'  # where places are decided, guidance draws too many shapes
-STEPS = 'shift(uniform(25), 2.5)'
+STEPS = 'uniform(25)'
 STRENGTHS = 0.0, 0.4, 0.6, 0.8, 1.0
 SHOWN = 6  # pictures of each method on a sheet, the first ones
 
@@ -191,6 +191,26 @@ def outpainting(rows: list[Example]) -> tuple[list[dict], np.ndarray]:
   return table, tiles(sheet)
 
 
+def likeness(rows: list[Example]) -> tuple[list[dict], np.ndarray]:
+  """How often a picture shows what its reference shows: without and with it, and with prompts that say a part of it, or
+  another colour, which is then the one that is looked for."""
+  place = lambda facts: shapes.caption(facts._replace(colour=None, shape=None))
+  prompts = {'nothing': (lambda facts: '', lambda facts: facts), 'position, count': (place, lambda facts: facts),
+             'all, another colour': (lambda facts: shapes.caption(another(facts)), another)}
+  generate, table, sheet = guided(flags.FLAGS.trained), [], [[row.picture[None] for row in rows]]
+  for said, (prompt, wanted) in prompts.items():
+    for reference in (False, True):
+      given = [{'reference': row.picture} if reference else {} for row in rows]
+      found = [np.stack([each.pixels for each in generate([prompt(row.facts)], count=DRAWS, **fields)])
+               for fields, row in zip(given, rows, strict=True)]
+      shown = [shapes.right(picture, wanted(row.facts)) for each, row in zip(found, rows, strict=True) for picture in each]
+      table.append({'said': said, 'reference': 'yes' if reference else 'no',
+                    **{what: np.mean([each[what] for each in shown]) for what in shapes.WHAT}})
+      print(table[-1], flush=True)
+      sheet.append(found)
+  return table, tiles(sheet)
+
+
 def tiles(sheet: list[list[np.ndarray]]) -> np.ndarray:
   """The first picture of the first examples, a row a method, fourfold and a pixel apart."""
   frame = lambda picture: np.pad(picture, ((1, 1), (1, 1), (0, 0)), constant_values=128)
@@ -207,7 +227,7 @@ def markdown(table: list[dict]) -> str:
 def main(_: list[str]) -> None:
   logging.set_verbosity(logging.WARNING)  # of Orbax
   rows = examples(flags.FLAGS.pictures)
-  for study in (strength, inpainting, outpainting):
+  for study in (strength, inpainting, outpainting, likeness):
     table, sheet = study(rows)
     write_csv(HERE / f'{study.__name__}.csv', table)
     Image.fromarray(sheet).save(HERE / f'{study.__name__}.png')

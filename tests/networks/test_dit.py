@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import numpy as jnp
+from scipy import ndimage
 
 from diffusion_jax.build import build
-from diffusion_jax.networks.dit import Block, DiT, positions
+from diffusion_jax.networks.dit import Block, Depthwise, DiT, positions
 from diffusion_jax.networks.embed import Conditioning
 from diffusion_jax.networks.layers import cut, join
 from diffusion_jax.runtime.products import products, total
@@ -19,8 +20,8 @@ GOLDENS = dict(np.load(pathlib.Path(__file__).parents[1] / 'goldens' / 'networks
 TYPES = ['float32', pytest.param('float64', marks=pytest.mark.slow)]
 positions_of = quick(positions, static_argnums=(0, 1, 2))
 SMALL = dict(width=32, depth=2, heads=4)
-RICH = {'cross': dict(width=32, depth=1, heads=4, dropout=0.3, qk_norm=True, attend='cross'),
-        'joint': dict(width=32, depth=2, heads=4, dropout=0.3, qk_norm=True, attend='joint')}
+RICH = {'cross': dict(width=32, depth=1, heads=4, dropout=0.3, qk_norm=True, conv=3, attend='cross'),
+        'joint': dict(width=32, depth=2, heads=4, dropout=0.3, qk_norm=True, conv=3, attend='joint')}
 
 
 def size_of(net, channels, sequence=None):
@@ -155,6 +156,32 @@ def test_positions_by_hand(counts, width):
   assert len(np.unique(np.round(found[0], 4), axis=0)) == np.prod(counts)  # no two places are alike
 
 
+@pytest.mark.parametrize('counts, size', [((5,), 3), ((3, 4), 5), ((2, 3, 4), 3)])
+def test_a_depthwise_convolution_is_scipys(counts, size):
+  """Channel by channel, 0 beyond the tokens, added to them."""
+  x = np.random.default_rng(0).normal(size=(2, np.prod(counts), 3)).astype(np.float32)
+  net = Depthwise(size, counts)
+  params = fill(shapes_of(net, x))
+  weights, grid = np.asarray(params['params']['weights']), x.reshape(2, *counts, 3)
+  expected = [[ndimage.correlate(grid[i, ..., c], weights[..., c], mode='constant') for c in range(3)] for i in range(2)]
+  expected = x + np.stack(expected).reshape(2, 3, -1).swapaxes(1, 2)
+  np.testing.assert_allclose(quick(net.apply)(params, x), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize('fields', [{}, {'conv': 3}])
+def test_with_a_convolution_a_token_knows_its_neighbours(fields):
+  """One block whose attention and perceptron are shut: the tokens beside one that changes, and no others, change too."""
+  x, feature, _, _ = inputs((16,), sequence=False)
+  net = DiT(**SMALL | {'depth': 1, 'attend': 'none', 'axes': 1}, **fields)
+  params = flatten_dict(fill(shapes_of(net, x, feature)), sep='/')
+  params = {name: jnp.zeros_like(leaf) if '/block_0/modulation/' in name else leaf for name, leaf in params.items()}
+  call = quick(net.apply)
+  params = unflatten_dict(params, sep='/')
+  moved = call(params, x + np.float32(np.arange(16)[:, None] == 7), feature) != call(params, x, feature)
+  reached = range(4, 10) if fields else range(6, 8)  # patches of 2
+  np.testing.assert_array_equal(np.flatnonzero(moved.any((0, 2))), reached)
+
+
 @pytest.fixture(scope='module', params=RICH)
 def rich(request):
   """A network with dropout and every kind of conditioning: (params, call, args)."""
@@ -233,6 +260,7 @@ WRONG = {
     'size': ({}, (4, 5), r'patch=2 needs sizes divisible by \(2, 2\); got \(4, 5\)'),
     'patch': (dict(patch=0), (4, 4), r'patch=0 needs sizes divisible'),
     'patches': (dict(patch=(1, 2, 2)), (4, 4), r'DiT got patch=\(1, 2, 2\) for 2 axes: give one number an axis'),
+    'conv': (dict(conv=2), (4, 4), 'DiT got conv=2; give an odd number of tokens, or 0 for no convolution'),
     'heads': (dict(heads=5), (4, 4), 'DiT of width=32 cannot have heads=5; choose a divisor'),
     'sequence': (dict(attend='none'), (4, 4), "was given a sequence, which it does not read; type attend='cross' or"),
 }

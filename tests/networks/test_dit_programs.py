@@ -9,7 +9,7 @@ from tests.networks.test_unet import fill, inputs, quick, shapes_of
 from tests.networks.test_unet_programs import SUMS, assert_equal, gradient, outcome, program, types_of
 
 EITHER = [pytest.param('cross', marks=pytest.mark.slow), 'joint']
-TINY = dict(axes=1, width=32, depth=3, heads=2, dropout=0.3, qk_norm=True)
+TINY = dict(axes=1, width=32, depth=3, heads=2, dropout=0.3, qk_norm=True, conv=3)
 
 
 @pytest.mark.parametrize('attend', EITHER)
