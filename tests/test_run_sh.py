@@ -97,6 +97,13 @@ def test_tpu_runs_the_files_as_they_are_on_all_hosts(cluster):
   assert cluster.git('status', '--porcelain') == status and cluster.git('stash', 'list') == ''
 
 
+@pytest.mark.parametrize('given, used', [({}, 'glibc.malloc.hugetlb=1'), ({'GLIBC_TUNABLES': 'mine'}, 'mine')])
+def test_a_cpu_gets_large_pages_unless_the_user_says_else(cluster, given, used):
+  (cluster.bin / 'installed_python').write_text('#!/bin/bash\necho "$GLIBC_TUNABLES" > "$HOSTS/tunables"\n')
+  assert cluster.run('configs/digits.py', **given)[0] == 0
+  assert (cluster.hosts / 'tunables').read_text().strip() == used
+
+
 def test_slurm_installs_once_and_starts_the_tasks(cluster):
   """Two jobs that begin at once, in one folder."""
   words = 'slurm', '--nodes=2', '--ntasks-per-node=2', 'configs/digits.py', ODD
