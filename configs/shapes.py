@@ -36,5 +36,5 @@ def get_config():
   config.checkpoint.every = 500
   config.transform = 'guide(2.0) | clip(1.0)'
   config.solver = 'dpm_2m(1.0)'
-  config.evaluate.transforms = ('guide(2.0) | clip(1.0)',)
+  config.evaluate.transforms = (config.transform,)
   return config

@@ -4,7 +4,7 @@ paper     an image encoder's tokens beside those of the text (arXiv:2308.06721, 
           with what is known beside x (arXiv:2112.10741)
 COMMAND   bash run.sh configs/shapes_edit.py
 hardware  2 CPU cores
-hours     0.7, on one of the cores, beside other work
+hours     0.7, on one of the cores, beside other work, without samples and scores
 expected  experiments/editing/README.md
 """
 from configs import shapes
@@ -12,7 +12,6 @@ from configs import shapes
 
 def get_config():
   config = shapes.get_config()
-  config.train.steps = 1900
   config.condition.reference = 'CLIPVision(width=64, layers=2, heads=4, patch=4)'
   config.condition.known = True
   config.train.drop_each = 0.3
