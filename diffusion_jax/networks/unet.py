@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from flax import linen as nn
 from jax import numpy as jnp
+from jaxtyping import Array, Float
 
 from diffusion_jax.networks.embed import Conditioning
 from diffusion_jax.networks.layers import (
@@ -81,19 +82,21 @@ class Stage(NamedTuple):
   resample: str | None = None  # 'up', 'down'
 
 
-def plan(channels: int, multipliers: Sequence[int], blocks: int, attention: Sequence[bool]) -> list[Stage]:
+def plan(channels: int, multipliers: Sequence[int], blocks: int | Sequence[int],
+         attention: Sequence[bool]) -> list[Stage]:
   """All stages in order: down, middle, up."""
+  counts = [blocks] * len(multipliers) if isinstance(blocks, int) else blocks
   last, stages, kept = len(multipliers) - 1, [], [channels]
   sizes = [channels * multiplier for multiplier in multipliers]
   attend = lambda i, name: f'{name}_attention' if attention[i] else ''
   for i, size in enumerate(sizes):
-    names = [f'down_{i}_{j}' for j in range(blocks)]
+    names = [f'down_{i}_{j}' for j in range(counts[i])]
     level = [Stage(name, size, attend(i, name), keep=True) for name in names]
     level += [Stage(f'down_{i}_resample', size, keep=True, resample='down')] if i < last else []
     stages, kept = stages + level, kept + [size] * len(level)
   stages += [Stage('middle_0', sizes[-1], 'middle_attention'), Stage('middle_1', sizes[-1])]
   for i, size in reversed(list(enumerate(sizes))):
-    names = [f'up_{i}_{j}' for j in range(blocks + 1)]
+    names = [f'up_{i}_{j}' for j in range(counts[i] + 1)]
     stages += [Stage(name, size, attend(i, name), skip=kept.pop()) for name in names]
     stages += [Stage(f'up_{i}_resample', size, resample='up')] if i else []
   return stages
@@ -132,12 +135,14 @@ def through(parts, h, skip, place, time, conditioning, keys):
 class UNet(nn.Module):
   """x [B, *space, C], time feature [B] and conditioning to [B, *space, out_channels].
 
-  Level i has channels * multipliers[i] channels, `blocks` residual blocks (one more on the way up) and attention where
-  attention[i] is true; the middle always has it. Between levels the resolution changes by `stride`, by a convolution
-  (resample='conv', DDPM) or inside a residual block (resample='block', DDPM++ and ADM). A conditioning vector
+  Level i has channels * multipliers[i] channels, `blocks` or blocks[i] residual blocks (one more on the way up) and
+  attention where attention[i] is true; the middle always has it. Between levels the resolution changes by `stride`, by a
+  convolution (resample='conv', DDPM) or inside a residual block (resample='block', DDPM++ and ADM). A conditioning vector
   [B, 4 * channels] is added to the time embedding, a sequence is attended to after every self-attention, channels are
   concatenated to x. skip_rescale multiplies residual sums by 1 / sqrt(2). All of it works on patches of `patch` entries
-  along each axis, as channels (arXiv:2301.11093): large ones spare the levels that cost most.
+  along each axis, as channels (arXiv:2301.11093): large ones spare the levels that cost most. With `coordinates`, waves of
+  so many frequencies along each axis say to the first convolution where it is (arXiv:1807.03247): convolutions else learn
+  it from the zeros beyond the borders, for which a network of few levels does not reach far enough.
 
   Parameters are kept in param_dtype, products computed in dtype, but for the time embedding and the first and last
   convolution, which are computed as sums are, in float32 (float64 for float64). remat says what is kept for the backward
@@ -148,13 +153,14 @@ class UNet(nn.Module):
   out_channels: int = 3
   channels: int = 128
   multipliers: Sequence[int] = (1, 2, 2, 2)
-  blocks: int = 2
+  blocks: int | Sequence[int] = 2
   attention: Sequence[bool] = (False, True, False, False)
   head_channels: int | None = None
   axes: int = 2
   kernel: int | Sequence[int] = 3
   stride: int | Sequence[int] = 2
   patch: int | Sequence[int] = 1
+  coordinates: int = 0
   modulation: str = 'add'
   resample: str = 'conv'
   skip_rescale: bool = False
@@ -179,6 +185,9 @@ class UNet(nn.Module):
       x = jnp.concatenate([x, conditioning.channels.astype(x.dtype)], -1)
     patch, space = per_axis(self, 'patch'), x.shape[1:-1]
     x = cut(x, patch).reshape(len(x), *(size // each for size, each in zip(space, patch, strict=True)), -1)
+    if self.coordinates:
+      place = waves(x.shape[1:-1], self.coordinates, x.dtype)
+      x = jnp.concatenate([x, jnp.broadcast_to(place, (len(x), *place.shape[1:]))], -1)
     h = self._conv(self.channels, 'in', wide(self.dtype))(x).astype(self.dtype)
     stages, skips = plan(self.channels, self.multipliers, self.blocks, self.attention), [h]
     for run in equal_runs(stages, self.channels) if self.scan else [[stage] for stage in stages]:
@@ -237,11 +246,22 @@ class UNet(nn.Module):
   def _check(self, x):
     """Raise ValueError if fields contradict each other or x."""
     check_fields(self, x, modulation=('add', 'scale_shift'), resample=('conv', 'block'))
-    if len(self.attention) != len(self.multipliers):
-      raise ValueError(f'UNet has {len(self.multipliers)} levels, multipliers={tuple(self.multipliers)}, but attention='
-                       f'{tuple(self.attention)} speaks of {len(self.attention)}: give one truth value a level.')
+    levels = len(self.multipliers)
+    for field in ('blocks', 'attention'):
+      values = getattr(self, field)
+      if isinstance(values, Sequence) and len(values) != levels:
+        raise ValueError(f'UNet has {levels} levels, multipliers={tuple(self.multipliers)}, but {field}={tuple(values)} '
+                         f'speaks of {len(values)}: give one value a level.')
+    if self.coordinates < 0:
+      raise ValueError(f'UNet got coordinates={self.coordinates}; give a number of frequencies, or 0 for none.')
     steps = zip(per_axis(self, 'stride'), per_axis(self, 'patch'), strict=True)
     factor = tuple(patch * stride ** (len(self.multipliers) - 1) for stride, patch in steps)
     if any(each < 1 or size % each for size, each in zip(x.shape[1:-1], factor, strict=True)):
       raise ValueError(f'UNet with {len(self.multipliers)} levels and patch={self.patch} needs sizes divisible by '
                        f'{factor}; got {x.shape[1:-1]}. Resize or pad the data, or give fewer multipliers.')
+
+
+def waves(space: Sequence[int], count: int, dtype: str | jnp.dtype) -> Float[Array, '1 *space waves']:
+  """cos(pi k u), k = 1 to `count`, of the place u of each entry, (i + 1/2) / n for entry i of n, along each axis."""
+  places = np.stack(np.meshgrid(*[(np.arange(size) + 0.5) / size for size in space], indexing='ij'), -1)
+  return jnp.asarray(np.cos(np.pi * places[..., None] * np.arange(1, count + 1)).reshape(1, *space, -1), dtype)

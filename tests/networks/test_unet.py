@@ -1,5 +1,6 @@
 """The U-Net: published size, every shape it takes, what moves its output and what must not."""
 import itertools
+import math
 from functools import partial
 
 import jax
@@ -10,7 +11,7 @@ from jax import numpy as jnp
 from diffusion_jax.build import build
 from diffusion_jax.networks.embed import Conditioning
 from diffusion_jax.networks.layers import cut
-from diffusion_jax.networks.unet import ResBlock, UNet
+from diffusion_jax.networks.unet import ResBlock, UNet, plan, waves
 
 SMALL = dict(channels=8, multipliers=(1, 2), blocks=1, attention=(False, True), groups=4)
 RICH = dict(**SMALL, head_channels=4, dropout=0.3)
@@ -165,6 +166,41 @@ def test_patches_are_channels_of_a_smaller_image():
   assert whole.shape == x.shape
 
 
+def test_only_coordinates_tell_places_apart():
+  """Without borders, which kernels of one entry do not see, a flat picture comes out flat."""
+  x, feature, cond, _ = inputs()
+  flat, cond = np.ones_like(x), cond._replace(channels=None)
+  spreads = []
+  for coordinates in (0, 2):
+    net = UNet(**SMALL, kernel=1, coordinates=coordinates)
+    out = quick(net.apply)(fill(shapes_of(net, flat, feature, cond)), flat, feature, cond)
+    spreads.append(out.std((1, 2)).min() / out.std())
+  assert spreads[0] < 1e-5 and spreads[1] > 1e-2, spreads
+
+
+@pytest.mark.parametrize('space', [(6,), (5, 8)])
+def test_waves_are_orthogonal_and_say_the_place_in_the_whole(space):
+  """The basis of the discrete cosine transform; two neighbours of a picture twice as large are, in the mean, their middle."""
+  flat = lambda values: np.asarray(values, np.float64).reshape(-1, values.shape[-1])
+  ours = flat(waves(space, 4, jnp.float32))
+  np.testing.assert_allclose(ours.T @ ours, np.eye(4 * len(space)) * math.prod(space) / 2, atol=1e-4)
+  twice = np.asarray(waves([2 * size for size in space], 4, jnp.float32), np.float64)
+  middle = twice.reshape(-1, *itertools.chain(*[(size, 2) for size in space]), ours.shape[-1])
+  middle = flat(middle.mean(tuple(range(2, middle.ndim, 2))))
+  factor = np.cos(np.pi * np.arange(1, 5) / (4 * np.array(space)[:, None])).reshape(-1)
+  np.testing.assert_allclose(middle, ours * factor, atol=1e-5)
+
+
+def test_blocks_a_level():
+  names = [stage.name for stage in plan(8, (1, 2), (3, 1), (False, True)) if 'resample' not in stage.name]
+  assert names == ['down_0_0', 'down_0_1', 'down_0_2', 'down_1_0', 'middle_0', 'middle_1',
+                   'up_1_0', 'up_1_1', 'up_0_0', 'up_0_1', 'up_0_2', 'up_0_3']
+  assert plan(8, (1, 2), (2, 2), (False, True)) == plan(8, (1, 2), 2, (False, True))
+  x, feature, *_ = inputs()
+  net = UNet(**SMALL | {'blocks': (3, 1)})
+  assert jax.eval_shape(net.apply, shapes_of(net, x, feature), x, feature).shape == x.shape
+
+
 def test_three_axes_have_no_dead_layer():
   """kernel and stride an axis, scale and shift, resampling in blocks, skip_rescale, in numbers."""
   net = UNet(**SMALL | {'attention': (False, False)}, axes=3, kernel=(1, 3, 3), stride=(1, 2, 2),
@@ -248,6 +284,8 @@ WRONG = {
     'param_dtype': (dict(param_dtype='bfloat16'), (4, 4), r"param_dtype='bfloat16'; it knows \('float32', 'float64'\)"),
     'float64': (dict(dtype='float64'), (4, 4), "dtype='float64', param_dtype='float32'; float64 needs JAX_ENABLE_X64=1"),
     'attention': (dict(attention=(True,)), (4, 4), r'has 2 levels, multipliers=\(1, 2\), but attention=\(True,\)'),
+    'blocks': (dict(blocks=(1, 2, 3)), (4, 4), r'has 2 levels, multipliers=\(1, 2\), but blocks=\(1, 2, 3\) speaks of 3'),
+    'coordinates': (dict(coordinates=-1), (4, 4), 'coordinates=-1; give a number of frequencies, or 0 for none'),
     'axes': (dict(axes=3), (4, 4), r'axes=3 needs x of 5 axes.* got shape \(3, 4, 4, 3\)'),
     'size': ({}, (4, 5), r'2 levels and patch=1 needs sizes divisible by \(2, 2\); got \(4, 5\)'),
     'levels': (dict(multipliers=(1, 1, 1), attention=(False,) * 3), (4, 6), r'divisible by \(4, 4\); got \(4, 6\)'),
