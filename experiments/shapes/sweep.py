@@ -95,5 +95,5 @@ def main(_: list[str]) -> None:
 if __name__ == '__main__':
   flags.DEFINE_string('workdir', 'runs/shapes', 'A trained run of configs/shapes.py.')
   flags.DEFINE_integer('count', 200, 'Pictures a row.')
-  flags.DEFINE_float('scale', 4.0, 'Guidance with a negative.')
+  flags.DEFINE_float('scale', 5.0, 'Guidance with a negative.')
   app.run(main)
