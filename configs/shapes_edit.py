@@ -4,7 +4,7 @@ paper     an image encoder's tokens beside those of the text (arXiv:2308.06721, 
           with what is known beside x (arXiv:2112.10741)
 COMMAND   bash run.sh configs/shapes_edit.py
 hardware  2 CPU cores
-hours     0.7, on one of the cores, beside other work, without samples and scores
+hours     0.7, on one of the cores, beside other work, without samples and scores, with the network that the figures are of
 expected  experiments/editing/README.md
 """
 from configs import shapes

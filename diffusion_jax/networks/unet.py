@@ -247,21 +247,21 @@ class UNet(nn.Module):
     """Raise ValueError if fields contradict each other or x."""
     check_fields(self, x, modulation=('add', 'scale_shift'), resample=('conv', 'block'))
     levels = len(self.multipliers)
-    for field in ('blocks', 'attention'):
+    for field, legal in (('blocks', 'number a level, or one for all'), ('attention', 'truth value a level')):
       values = getattr(self, field)
-      if isinstance(values, Sequence) and len(values) != levels:
+      if not isinstance(values, int) and len(values) != levels:
         raise ValueError(f'UNet has {levels} levels, multipliers={tuple(self.multipliers)}, but {field}={tuple(values)} '
-                         f'speaks of {len(values)}: give one value a level.')
+                         f'speaks of {len(values)}: give one {legal}.')
     if self.coordinates < 0:
       raise ValueError(f'UNet got coordinates={self.coordinates}; give a number of frequencies, or 0 for none.')
     steps = zip(per_axis(self, 'stride'), per_axis(self, 'patch'), strict=True)
-    factor = tuple(patch * stride ** (len(self.multipliers) - 1) for stride, patch in steps)
+    factor = tuple(patch * stride ** (levels - 1) for stride, patch in steps)
     if any(each < 1 or size % each for size, each in zip(x.shape[1:-1], factor, strict=True)):
-      raise ValueError(f'UNet with {len(self.multipliers)} levels and patch={self.patch} needs sizes divisible by '
+      raise ValueError(f'UNet with {levels} levels and patch={self.patch} needs sizes divisible by '
                        f'{factor}; got {x.shape[1:-1]}. Resize or pad the data, or give fewer multipliers.')
 
 
 def waves(space: Sequence[int], count: int, dtype: str | jnp.dtype) -> Float[Array, '1 *space waves']:
   """cos(pi k u), k = 1 to `count`, of the place u of each entry, (i + 1/2) / n for entry i of n, along each axis."""
-  places = np.stack(np.meshgrid(*[(np.arange(size) + 0.5) / size for size in space], indexing='ij'), -1)
+  places = (np.moveaxis(np.indices(space), 0, -1) + 0.5) / space
   return jnp.asarray(np.cos(np.pi * places[..., None] * np.arange(1, count + 1)).reshape(1, *space, -1), dtype)
