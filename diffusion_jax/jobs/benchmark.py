@@ -30,7 +30,7 @@ from diffusion_jax.runtime import products
 from diffusion_jax.runtime.checkpoints import Checkpoints
 from diffusion_jax.runtime.chips import CHIPS
 from diffusion_jax.runtime.logs import say, table
-from diffusion_jax.runtime.step import State
+from diffusion_jax.runtime.step import Flat, State
 from diffusion_jax.runtime.workdir import environment, write_csv, write_json
 
 
@@ -128,17 +128,17 @@ def synthetic(this: Run) -> dict[str, jax.Array]:
 
 def benchmark_training(this: Run, state: State, peak: float) -> tuple[State, dict]:
   """The step on one batch that stays on the devices, in turn with the step on the task's own stream; and its dispatch."""
-  c, batch = this.config, synthetic(this)
+  c, batch, held = this.config, synthetic(this), Flat(state)
   step, facts = compile_program(this, lambda: trace_step(this, state, batch))
   def steps(count, batches):
-    nonlocal state
+    nonlocal held
     before = None
     for _ in range(count):
-      state, metrics = step(state, next(batches))
+      held, metrics = step(held, next(batches))
       if before is not None:  # as jobs/train.py reads it: of the step before, while this one runs
         bool(before)
       before = metrics['finite']
-    jax.block_until_ready(state)
+    jax.block_until_ready(held)
   same = iter(lambda: batch, None)
   works = [lambda count: steps(count, same)]
   if c.benchmark.real:
@@ -149,16 +149,16 @@ def benchmark_training(this: Run, state: State, peak: float) -> tuple[State, dic
   dispatch, host = [], []
   for _ in range(max(25, c.benchmark.repeats)):  # a short thing, on cores that the step takes as soon as it has begun
     began, worked = time.perf_counter(), time.thread_time()
-    state, _ = step(state, batch)
+    held, _ = step(held, batch)
     host.append(time.thread_time() - worked)  # without the time in which the step itself has the core
     dispatch.append(time.perf_counter() - began)
-    jax.block_until_ready(state)
+    jax.block_until_ready(held)
   row = speed(this, facts, c.train.batch, seconds[0], peak) | {
       'dispatch_ms': spread(dispatch, 1e3), 'dispatch_host_ms': spread(host, 1e3)}
   if c.benchmark.real:
     ratios = [real / same for same, real in zip(*seconds, strict=True)]
     row |= {'real_ms': spread(seconds[1], 1e3), 'real_over_synthetic': spread(ratios)}
-  return state, row
+  return held.tree, row
 
 
 def benchmark_sampling(this: Run, state: State, peak: float) -> dict:

@@ -26,7 +26,7 @@ from diffusion_jax.runtime import workdir as workdirs
 from diffusion_jax.runtime.checkpoints import Checkpoints
 from diffusion_jax.runtime.logs import Log, say, table
 from diffusion_jax.runtime.signals import Stop
-from diffusion_jax.runtime.step import State, worst_layer
+from diffusion_jax.runtime.step import Flat, State, worst_layer
 
 
 def run(config: ConfigDict, workdir: Path) -> int:
@@ -63,11 +63,12 @@ def fit(this: Run, state: State, checkpoints: Checkpoints, stop: Stop) -> State:
   batch = next(stream)
   step_fn = compile_step(this, state, batch)
   checkpoints.prepare(state)
+  held = Flat(state)
   sampler = make_sampler(this, c.transform)
   before = None  # the metrics of the last step, read once the next one is on its way
   with Log(this.workdir, start, c.train.steps, c.log.every, c.train.batch) as log, jax.transfer_guard('disallow'):
     for step in range(start + 1, c.train.steps + 1):
-      state, metrics = step_fn(state, batch)
+      held, metrics = step_fn(held, batch)
       stop.look(step)
       if before:
         report(this, log, step - 1, before)
@@ -77,13 +78,13 @@ def fit(this: Run, state: State, checkpoints: Checkpoints, stop: Stop) -> State:
       if step % c.checkpoint.every == 0 or step == c.train.steps or stop.name:
         report(this, log, step, before)
         before = None
-        checkpoints.save(step, state)
+        checkpoints.save(step, held.tree)
       if c.log.samples and step % c.log.samples == 0:
-        snapshot(this, log, sampler, state, step)
+        snapshot(this, log, sampler, held.tree, step)
       if stop.name:
         break
     checkpoints.wait()
-  return state
+  return held.tree
 
 
 def compile_step(this: Run, state: State, batch: dict):

@@ -16,13 +16,14 @@ import numpy as np
 from absl import app, flags
 from flax import linen as nn
 from jax import numpy as jnp
+from jaxtyping import PyTree
 
 from diffusion_jax.jobs.benchmark import synthetic
 from diffusion_jax.method import make_network
 from diffusion_jax.networks import layers, unet
 from diffusion_jax.run import Run, new_state, open_run, state_shapes, trace_step
 from diffusion_jax.runtime.products import products, total
-from diffusion_jax.runtime.step import train_step
+from diffusion_jax.runtime.step import Flat, train_step
 from diffusion_jax.runtime.workdir import write_csv
 from experiments.throughput.ours import config_of
 
@@ -101,12 +102,11 @@ def rest(run: Run) -> Callable:
     return sum(leaf.sum() for leaf in jax.tree.leaves(params)) + jnp.zeros(len(batch['index'])), {}, {}
   step = partial(train_step, loss=loss, update=run.method.update, optimizer=run.optimizer, rate=run.rate,
                  total=run.config.train.batch)
-  return stepping(run, jax.jit(step, donate_argnums=0))
+  return stepping(new_state(run), synthetic(run), jax.jit(step, donate_argnums=0))
 
 
-def stepping(run: Run, step: Callable) -> Callable:
-  """A function that does one step of its own state and waits for it."""
-  state, batch = new_state(run), synthetic(run)
+def stepping(state: PyTree, batch: dict, step: Callable) -> Callable:
+  """A function that does one step from the state where it is, and waits for it."""
   def once():
     nonlocal state
     state, _ = step(state, batch)
@@ -139,7 +139,7 @@ def main(arguments: list[str]) -> None:
   del arguments
   run = open_run(config_of(flags.FLAGS.batch, flags.FLAGS.dtype), Path('nowhere'), read=False)
   state, batch = state_shapes(run), synthetic(run)
-  whole = stepping(run, trace_step(run, state, batch).lower().compile())
+  whole = stepping(Flat(new_state(run)), batch, trace_step(run, state, batch).lower().compile())
   found = network_layers(run)
   programs = {key: both(*layer(*key, jnp.dtype(flags.FLAGS.dtype))) for key in found}
   works = {key: running(*program) for key, program in programs.items()} | {REST: rest(run)}
