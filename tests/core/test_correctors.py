@@ -70,6 +70,18 @@ def test_ddim_leads_back_from_its_inverse(iterations, error, x64):
   assert gap < error
 
 
+def test_the_inverse_of_ddim_converges_where_the_denoiser_is_sharp(x64):
+  """For two far modes the iteration alone swings without end: its slope at the end of the step is below -1."""
+  t, s, x = PROCESS.level(0.6), PROCESS.level(0.8), jnp.array([[0.05], [-0.3], [0.9]])
+  denoise = lambda x, level: Estimate(4 * jnp.tanh(4 * level.alpha * x / level.sigma**2))  # data are -4 or 4
+  ratio = s.sigma / t.sigma
+  slope = jax.grad(lambda y: ((s.alpha - ratio * t.alpha) * denoise(y, s).x0).sum())(jnp.zeros(1))
+  assert slope < -1
+  step = lambda solver, x, t, s: solver.step(PROCESS, denoise, None, x, t, s, ())[0]
+  there = step(solvers.ddim_inverse(12), x, t, s)
+  np.testing.assert_allclose(step(solvers.ddim(), there, s, t), x, atol=1e-9)
+
+
 @pytest.mark.parametrize('tolerance', [1e-3, 1e-6])
 def test_dormand_prince_meets_its_tolerance_in_every_sample(tolerance, x64):
   """Against the exact flow of the Gaussian; and a sample is the same alone as beside harder ones."""
