@@ -4,7 +4,6 @@ Every step starts from the peer's own state, with the noise that it drew and a m
 its next state; a corrector is held to what the peer made of the state before the step.
 """
 import contextlib
-import os
 from unittest import mock
 
 import jax
@@ -16,6 +15,7 @@ from scipy import integrate
 from diffusion_jax.core import multistep, processes, singlestep
 from diffusion_jax.core.processes import Gaussian
 from diffusion_jax.core.types import Estimate, Level
+from tests.compiling import SIXTEEN_DIGITS
 from tests.core.peers import (
   GOLDENS,
   HALF,
@@ -179,9 +179,7 @@ def replay(solver, process, places):
   def walk(now, begun, rows):
     new, *made = jax.vmap(step)(now, *rows)
     return jax.tree.map(lambda a, b: jnp.where(begun.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, now), made
-  # The older code for fusions (conftest.py) loses eight of sixteen digits in one row.
-  exact = {'xla_cpu_use_fusion_emitters': True} if 'fusion_emitters' in os.environ['XLA_FLAGS'] else None
-  walk = jax.jit(walk, compiler_options=exact) if memory else walk
+  walk = jax.jit(walk, compiler_options=SIXTEEN_DIGITS) if memory else walk
   def batch(places):
     now = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (len(places), *leaf.shape)), memory)
     for age in range(4 if memory else 0, -1, -1):

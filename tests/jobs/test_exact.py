@@ -8,6 +8,7 @@ from diffusion_jax import run as runs
 from diffusion_jax.jobs import train
 from diffusion_jax.runtime import mesh as meshes
 from diffusion_jax.runtime.step import Flat
+from tests.compiling import SIXTEEN_DIGITS
 from tests.jobs.runs import RULES, SMALL, losses, tiny, trained_state
 
 NETWORK = 'UNet(channels=8, multipliers=(1,), blocks=1, attention=(True,), dropout=0.1, modulation="scale_shift", {})'
@@ -30,7 +31,7 @@ def curve(folder, mesh, parts, dtype, network=NETWORK, rules=RULES):
   stream, step, found, held = run.task.batches(0, config.train.batch, 0, 1), None, [], Flat(state)
   for _ in range(STEPS):
     batch = meshes.put(next(stream), run.mesh)
-    step = step or runs.trace_step(run, state, batch).lower().compile()
+    step = step or runs.trace_step(run, state, batch).lower().compile(SIXTEEN_DIGITS)
     held, metrics = step(held, batch)
     found.append(float(metrics['loss']))
     if len(found) == 1:  # after one step Adam's first moment is (1 - b1) times the gradient
