@@ -22,7 +22,8 @@ from diffusion_jax.runtime import mesh as meshes
 from diffusion_jax.runtime import optimizers, sharding
 from diffusion_jax.runtime.checkpoints import Checkpoints
 from diffusion_jax.runtime.logs import say
-from diffusion_jax.runtime.step import Flat, State, init_state, train_step
+from diffusion_jax.runtime.packing import packed_shapes
+from diffusion_jax.runtime.step import State, init_state, train_step
 from diffusion_jax.runtime.workdir import check_resumable, load_config
 from diffusion_jax.tasks.task import Task, make_task
 
@@ -152,15 +153,15 @@ def restore(run: Run, checkpoints: Checkpoints) -> State | None:
 
 
 def trace_step(run: Run, state: PyTree, batch: PyTree) -> jax.stages.Traced:
-  """The one training step, traced on arrays or shapes: (Flat(state), batch) -> (Flat(state), metrics). It takes the state's
-  memory."""
-  def step(state, batch):
-    new, metrics = train_step(state.tree, batch, run.method.loss, run.method.update, run.optimizer, run.rate,
+  """The one training step, traced on arrays or shapes: (Packed, batch) -> (Packed, metrics). It takes the memory of the state
+  that it is given."""
+  shapes = packed_shapes(state)
+  def step(packed, batch):
+    new, metrics = train_step(packed.state, batch, run.method.loss, run.method.update, run.optimizer, run.rate,
                               run.config.train.batch, run.config.train.accumulate)
-    return Flat(new), metrics
-  state = Flat(state)
-  places = _places(state), meshes.replicated(run.mesh)
-  return jax.jit(step, donate_argnums=0, out_shardings=places).trace(state, batch)
+    return shapes.like(new), metrics
+  places = _places(shapes), meshes.replicated(run.mesh)
+  return jax.jit(step, donate_argnums=0, out_shardings=places).trace(shapes, batch)
 
 
 def trained(run: Run) -> State:

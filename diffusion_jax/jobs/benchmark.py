@@ -30,7 +30,8 @@ from diffusion_jax.runtime import products
 from diffusion_jax.runtime.checkpoints import Checkpoints
 from diffusion_jax.runtime.chips import CHIPS
 from diffusion_jax.runtime.logs import say, table
-from diffusion_jax.runtime.step import Flat, State
+from diffusion_jax.runtime.packing import pack, unpack
+from diffusion_jax.runtime.step import State
 from diffusion_jax.runtime.workdir import environment, write_csv, write_json
 
 
@@ -128,17 +129,17 @@ def synthetic(this: Run) -> dict[str, jax.Array]:
 
 def benchmark_training(this: Run, state: State, peak: float) -> tuple[State, dict]:
   """The step on one batch that stays on the devices, in turn with the step on the task's own stream; and its dispatch."""
-  c, batch, held = this.config, synthetic(this), Flat(state)
+  c, batch, packed = this.config, synthetic(this), pack(state)
   step, facts = compile_program(this, lambda: trace_step(this, state, batch))
   def steps(count, batches):
-    nonlocal held
+    nonlocal packed
     before = None
     for _ in range(count):
-      held, metrics = step(held, next(batches))
+      packed, metrics = step(packed, next(batches))
       if before is not None:  # as jobs/train.py reads it: of the step before, while this one runs
         bool(before)
       before = metrics['finite']
-    jax.block_until_ready(held)
+    jax.block_until_ready(packed)
   same = iter(lambda: batch, None)
   works = [lambda count: steps(count, same)]
   if c.benchmark.real:
@@ -149,16 +150,16 @@ def benchmark_training(this: Run, state: State, peak: float) -> tuple[State, dic
   dispatch, host = [], []
   for _ in range(max(25, c.benchmark.repeats)):  # a short thing, on cores that the step takes as soon as it has begun
     began, worked = time.perf_counter(), time.thread_time()
-    held, _ = step(held, batch)
+    packed, _ = step(packed, batch)
     host.append(time.thread_time() - worked)  # without the time in which the step itself has the core
     dispatch.append(time.perf_counter() - began)
-    jax.block_until_ready(held)
+    jax.block_until_ready(packed)
   row = speed(this, facts, c.train.batch, seconds[0], peak) | {
       'dispatch_ms': spread(dispatch, 1e3), 'dispatch_host_ms': spread(host, 1e3)}
   if c.benchmark.real:
     ratios = [real / same for same, real in zip(*seconds, strict=True)]
     row |= {'real_ms': spread(seconds[1], 1e3), 'real_over_synthetic': spread(ratios)}
-  return held.tree, row
+  return unpack(packed), row
 
 
 def benchmark_sampling(this: Run, state: State, peak: float) -> dict:
@@ -178,10 +179,11 @@ def benchmark_saving(this: Run, state: State) -> list[float]:
   """Seconds for which a save holds up the training, which goes on while the files are written."""
   folder, seconds = this.workdir / 'benchmark_checkpoints', []
   checkpoints = Checkpoints(folder, keep=1)
-  checkpoints.prepare(state)
+  packed = pack(state)
+  jax.block_until_ready(unpack(packed))
   for step in range(1 + max(5, this.config.benchmark.repeats)):
     began = time.perf_counter()
-    checkpoints.save(step, state)
+    checkpoints.save(step, unpack(packed))
     seconds.append(time.perf_counter() - began)
     checkpoints.wait()
   checkpoints.close()

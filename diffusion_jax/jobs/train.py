@@ -25,8 +25,9 @@ from diffusion_jax.runtime import mesh as meshes
 from diffusion_jax.runtime import workdir as workdirs
 from diffusion_jax.runtime.checkpoints import Checkpoints
 from diffusion_jax.runtime.logs import Log, say, table
+from diffusion_jax.runtime.packing import pack, unpack
 from diffusion_jax.runtime.signals import Stop
-from diffusion_jax.runtime.step import Flat, State, worst_layer
+from diffusion_jax.runtime.step import State, worst_layer
 
 
 def run(config: ConfigDict, workdir: Path) -> int:
@@ -62,13 +63,13 @@ def fit(this: Run, state: State, checkpoints: Checkpoints, stop: Stop) -> State:
   stream = inputs.to_device(host, this.mesh)
   batch = next(stream)
   step_fn = compile_step(this, state, batch)
-  checkpoints.prepare(state)
-  held = Flat(state)
+  packed = pack(state)
+  jax.block_until_ready(unpack(packed))  # compiled: the devices hold the state twice while it is saved
   sampler = make_sampler(this, c.transform)
   before = None  # the metrics of the last step, read once the next one is on its way
   with Log(this.workdir, start, c.train.steps, c.log.every, c.train.batch) as log, jax.transfer_guard('disallow'):
     for step in range(start + 1, c.train.steps + 1):
-      held, metrics = step_fn(held, batch)
+      packed, metrics = step_fn(packed, batch)
       stop.look(step)
       if before:
         report(this, log, step - 1, before)
@@ -78,13 +79,14 @@ def fit(this: Run, state: State, checkpoints: Checkpoints, stop: Stop) -> State:
       if step % c.checkpoint.every == 0 or step == c.train.steps or stop.name:
         report(this, log, step, before)
         before = None
-        checkpoints.save(step, held.tree)
+        checkpoints.wait()  # so that the devices never hold it three times
+        checkpoints.save(step, unpack(packed))
       if c.log.samples and step % c.log.samples == 0:
-        snapshot(this, log, sampler, held.tree, step)
+        snapshot(this, log, sampler, unpack(packed), step)
       if stop.name:
         break
     checkpoints.wait()
-  return held.tree
+  return unpack(packed)
 
 
 def compile_step(this: Run, state: State, batch: dict):

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax import numpy as jnp
 
 from diffusion_jax.runtime import manifest
 from diffusion_jax.runtime.logs import first_line
@@ -38,21 +37,16 @@ class Checkpoints:
                                                   barrier_sync_key_prefix='checkpoints')
     handler = ocp.StandardCheckpointHandler(multiprocessing_options=everyone)
     self._orbax = ocp.Checkpointer(handler, multiprocessing_options=everyone)
-    self._copy = jax.jit(lambda state: jax.tree.map(jnp.copy, state))
     self._thread = ThreadPoolExecutor(1, 'save')
     self._pending: Future | None = None
 
-  def prepare(self, state: Any) -> None:
-    """Compile the copy that `save` makes: the devices hold the state twice while it is saved."""
-    jax.block_until_ready(self._copy(state))
-
   def save(self, step: int, state: Any) -> None:
-    """Start to save, when the save before is complete; the training may go on, with donated buffers too.
+    """Start to save, when the save before is complete; the training may go on, but not take the memory of `state`.
 
     Raises SaveError for the save before.
     """
     self.wait()
-    self._pending = self._thread.submit(self._write, step, self._copy(state))
+    self._pending = self._thread.submit(self._write, step, state)
 
   def wait(self) -> None:
     """Return when the last save is complete. Raises SaveError."""

@@ -24,36 +24,6 @@ class State(NamedTuple):
   in_row: Array  # of these, the ones since the last finite step
 
 
-@jax.tree_util.register_pytree_with_keys_class
-class Flat:
-  """A tree, such as a State, which JAX sees as one list of its leaves, by the names that they have in the tree.
-
-  At each call of a program JAX takes its arguments apart and puts its results together: with the hundreds of dicts of a
-  State a quarter of what the call costs the host.
-  """
-
-  def __init__(self, tree: PyTree):
-    self.leaves, self.structure = jax.tree.flatten(tree)
-
-  @property
-  def tree(self) -> PyTree:
-    return jax.tree.unflatten(self.structure, self.leaves)
-
-  def tree_flatten(self):
-    return self.leaves, self.structure
-
-  def tree_flatten_with_keys(self):
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(self.tree)]
-    keys = [jax.tree_util.GetAttrKey(jax.tree_util.keystr(path).removeprefix('.')) for path in paths]
-    return list(zip(keys, self.leaves, strict=True)), self.structure
-
-  @classmethod
-  def tree_unflatten(cls, structure, leaves):
-    flat = object.__new__(cls)
-    flat.leaves, flat.structure = leaves, structure
-    return flat
-
-
 def init_state(init: Callable, optimizer: optax.GradientTransformation, decays: tuple[float, ...], seed: int) -> State:
   """The state before the first step. `init(key)` gives (params, extra)."""
   init_key, key = jax.random.split(jax.random.key(seed))

@@ -23,7 +23,8 @@ from diffusion_jax.method import make_network
 from diffusion_jax.networks import layers, unet
 from diffusion_jax.run import Run, new_state, open_run, state_shapes, trace_step
 from diffusion_jax.runtime.products import products, total
-from diffusion_jax.runtime.step import Flat, train_step
+from diffusion_jax.runtime.packing import pack
+from diffusion_jax.runtime.step import train_step
 from diffusion_jax.runtime.workdir import write_csv
 from experiments.throughput.ours import config_of
 
@@ -139,7 +140,7 @@ def main(arguments: list[str]) -> None:
   del arguments
   run = open_run(config_of(flags.FLAGS.batch, flags.FLAGS.dtype), Path('nowhere'), read=False)
   state, batch = state_shapes(run), synthetic(run)
-  whole = stepping(Flat(new_state(run)), batch, trace_step(run, state, batch).lower().compile())
+  whole = stepping(pack(new_state(run)), batch, trace_step(run, state, batch).lower().compile())
   found = network_layers(run)
   programs = {key: both(*layer(*key, jnp.dtype(flags.FLAGS.dtype))) for key in found}
   works = {key: running(*program) for key, program in programs.items()} | {REST: rest(run)}

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from configs import cifar10
 from diffusion_jax.jobs.benchmark import synthetic
 from diffusion_jax.run import Run, chosen_params, make_sampler, new_state, open_run, trace_step
-from diffusion_jax.runtime.step import Flat
+from diffusion_jax.runtime.packing import pack, unpack
 
 NETWORK = 'UNet(channels=64, multipliers=(1, 2, 2), blocks=2, attention=(False, True, False), frequency_shift=1)'
 STEPS = 50  # of DDIM
@@ -29,15 +29,15 @@ def config_of(batch: int, dtype: str) -> ConfigDict:
 def make_jobs(run: Run) -> dict:
   """{'train', 'sample'}: functions that do so many steps, or whole samplings, and return when they are done."""
   state, batch = new_state(run), synthetic(run)
-  step, held = trace_step(run, state, batch).lower().compile(), Flat(state)
+  step, packed = trace_step(run, state, batch).lower().compile(), pack(state)
   sampler, index = make_sampler(run, run.config.transform), np.arange(run.config.sample.batch, dtype=np.int32)
   def train(count):
-    nonlocal held
+    nonlocal packed
     for _ in range(count):
-      held, metrics = step(held, batch)
-    jax.block_until_ready((held, metrics))
+      packed, metrics = step(packed, batch)
+    jax.block_until_ready((packed, metrics))
   def sample(count):
-    state = held.tree
+    state = unpack(packed)
     for _ in range(count):
       x = sampler(chosen_params(run, state), state.extra, index)
     jax.block_until_ready(x)

@@ -7,7 +7,7 @@ import pytest
 from diffusion_jax import run as runs
 from diffusion_jax.jobs import train
 from diffusion_jax.runtime import mesh as meshes
-from diffusion_jax.runtime.step import Flat
+from diffusion_jax.runtime.packing import pack, unpack
 from tests.compiling import SIXTEEN_DIGITS
 from tests.jobs.runs import RULES, SMALL, losses, tiny, trained_state
 
@@ -28,14 +28,14 @@ def curve(folder, mesh, parts, dtype, network=NETWORK, rules=RULES):
   state = runs.new_state(run)
   move = lambda leaf: jax.device_put(np.asarray(leaf) + 0.1 * rng.normal(size=leaf.shape).astype(leaf.dtype), leaf.sharding)
   state = state._replace(params=jax.tree.map(move, state.params))
-  stream, step, found, held = run.task.batches(0, config.train.batch, 0, 1), None, [], Flat(state)
+  stream, step, found, packed = run.task.batches(0, config.train.batch, 0, 1), None, [], pack(state)
   for _ in range(STEPS):
     batch = meshes.put(next(stream), run.mesh)
     step = step or runs.trace_step(run, state, batch).lower().compile(SIXTEEN_DIGITS)
-    held, metrics = step(held, batch)
+    packed, metrics = step(packed, batch)
     found.append(float(metrics['loss']))
     if len(found) == 1:  # after one step Adam's first moment is (1 - b1) times the gradient
-      moments = jax.tree.leaves(optax.tree.get(held.tree.optimizer, 'mu'))
+      moments = jax.tree.leaves(optax.tree.get(unpack(packed).optimizer, 'mu'))
       gradients = [np.asarray(leaf) / (1 - config.optimizer.b1) for leaf in moments]
   return np.array(found), gradients
 

@@ -8,7 +8,7 @@ import pytest
 from jax import numpy as jnp
 
 from diffusion_jax.runtime import mesh as meshes
-from diffusion_jax.runtime.step import Flat, init_state, train_step, worst_layer
+from diffusion_jax.runtime.step import init_state, train_step, worst_layer
 
 TOTAL = 16
 RATE = optax.constant_schedule(0.1)
@@ -183,19 +183,3 @@ def test_one_program_serves_every_step(state):
   for i in range(3):
     state, _ = step_fn(state, make_batch(i))
   assert step_fn._cache_size() == before
-
-
-def test_flat_is_one_list_in_and_out_of_a_program(state):
-  """No dict is left for a call to take apart, what describes the tree is not made anew, and its values are the tree's."""
-  flat = Flat(state)
-  out = jax.jit(lambda flat: Flat(jax.tree.map(lambda leaf: 2 * leaf, flat.tree)))(flat)
-  assert jax.tree.structure(out).num_nodes == 1 + len(flat.leaves)
-  assert jax.jit(lambda flat: flat)(flat).structure is flat.structure
-  assert_same(out.tree, jax.tree.map(lambda leaf: 2 * leaf, state))
-  assert jax.tree.structure(out.tree) == jax.tree.structure(state)
-
-
-def test_flat_keeps_the_names_of_its_leaves(state):
-  """An error or a plan that names an argument says where it is in the tree."""
-  names = lambda tree: [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-  assert names(Flat(state)) == names(state)
