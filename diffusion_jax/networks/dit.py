@@ -68,6 +68,7 @@ class Block(nn.Module):
   dropout: float = 0.0
   conv: int = 0
   counts: Sequence[int] = ()  # of the tokens of x, along each axis, where there is a convolution
+  cudnn: bool = False
   dtype: jnp.dtype = jnp.float32
   param_dtype: jnp.dtype = jnp.float32
 
@@ -116,7 +117,7 @@ class Block(nn.Module):
   def _mix(self, heads, mask):
     """The attention of [query, key, value] as [B, L, width]; `mask` [B, L] marks the real keys."""
     mask = None if mask is None else mask[:, None, None, :]
-    return rearrange(softmax_attention(*heads, mask), 'b l n h -> b l (n h)')
+    return rearrange(softmax_attention(*heads, mask, self.cudnn), 'b l n h -> b l (n h)')
 
   def _dense(self, name, size, init=fan_avg):
     return nn.Dense(size, kernel_init=init, dtype=self.dtype, param_dtype=self.param_dtype, promote_dtype=wide_bias,
@@ -133,8 +134,8 @@ class DiT(nn.Module):
   each head (arXiv:2302.05442, sec. 2). With conv=3 every block begins with a depthwise convolution of 3 tokens along each
   axis. A fresh network says 0, and each of its blocks changes nothing.
 
-  dtype, param_dtype, remat and scan are those of the UNet: the time embedding and the first and last product are computed
-  as sums are; scan=True runs equal blocks as one loop over stacked parameters, all of them but the last of 'joint'.
+  dtype, param_dtype, remat, scan and cudnn are those of the UNet: the time embedding and the first and last product are
+  computed as sums are; scan=True runs equal blocks as one loop over stacked parameters, all of them but the last of 'joint'.
   """
   out_channels: int = 3
   width: int = 384
@@ -150,6 +151,7 @@ class DiT(nn.Module):
   frequency_shift: int = 0
   remat: str = 'none'
   scan: bool = False
+  cudnn: bool = False
   dtype: str = 'float32'
   param_dtype: str = 'float32'
 
@@ -180,7 +182,7 @@ class DiT(nn.Module):
     """The tokens of x after all blocks."""
     block = Block if self.remat == 'none' else nn.remat(Block, policy=REMAT[self.remat])
     make = lambda kind, last, name: kind(self.width, self.heads, self.mlp, last, self.qk_norm, self.dropout, self.conv,
-                                         counts, self.dtype, self.param_dtype, name=name)
+                                         counts, self.cudnn, self.dtype, self.param_dtype, name=name)
     places = np.array([[place_of((*self.path, f'block_{i}', f'{stream}dropout')) for stream in STREAMS]
                        for i in range(self.depth)])
     equal = self.depth + 1 - len(streams) if self.scan else 0

@@ -29,6 +29,8 @@ def check_fields(net: nn.Module, x: Array, **legal: tuple[str, ...]) -> None:
       raise ValueError(f'{name} got {field}={getattr(net, field)!r}; it knows {values}.')
   if 'float64' in (net.dtype, net.param_dtype) and not jax.config.jax_enable_x64:
     raise ValueError(f'{name} got dtype={net.dtype!r}, param_dtype={net.param_dtype!r}; float64 needs JAX_ENABLE_X64=1.')
+  if net.cudnn and net.dtype != 'bfloat16':
+    raise ValueError(f"{name} got cudnn=True and dtype={net.dtype!r}; cuDNN's attention takes dtype='bfloat16'.")
   if x.ndim != net.axes + 2:
     raise ValueError(f'{name} with axes={net.axes} needs x of {net.axes + 2} axes, [batch, *space, channels]; '
                      f'got shape {x.shape}.')
@@ -118,6 +120,7 @@ class Attention(nn.Module):
   head_channels: int | None = None
   groups: int = 32
   scale: float = 1.0  # of the residual sum
+  cudnn: bool = False
   dtype: jnp.dtype = jnp.float32
   param_dtype: jnp.dtype = jnp.float32
 
@@ -138,18 +141,30 @@ class Attention(nn.Module):
       key, value = jnp.split(dense(2 * channels, 'key_value')(sequence), 2, -1)
     heads = lambda a: rearrange(a.astype(self.dtype), 'b l (n h) -> b l n h', h=head)
     mask = None if mask is None else mask[:, None, None, :]
-    h = softmax_attention(heads(query), heads(key), heads(value), mask)
+    h = softmax_attention(heads(query), heads(key), heads(value), mask, self.cudnn)
     h = dense(channels, 'out', nn.initializers.zeros)(rearrange(h, 'b l n h -> b l (n h)'))
     return ((x + h.reshape(x.shape)) * self.scale).astype(x.dtype)
 
 
-def softmax_attention(query: Array, key: Array, value: Array, mask: Array | None) -> Array:
-  """softmax(q k^T / sqrt(head)) v for [B, L, heads, head], the softmax in float32, or in float64 for float64."""
+def softmax_attention(query: Array, key: Array, value: Array, mask: Array | None, cudnn: bool = False) -> Array:
+  """softmax(q k^T / sqrt(head)) v for [B, L, heads, head], the softmax in float32, or in float64 for float64.
+
+  With `cudnn`, where the devices are NVIDIA GPUs and there is no mask, by cuDNN's kernel, which does not write the logits
+  to memory. It is for bfloat16, and has no derivatives in forward mode. Raises ValueError where it knows no such heads.
+  """
+  if cudnn and query.shape[-1] % 8:
+    raise ValueError(f"cudnn=True needs heads of a multiple of 8 channels, and got {query.shape[-1]}; leave it out, or "
+                     'change the heads.')
   if query.dtype != jnp.float64:
-    return jax.nn.dot_product_attention(query, key, value, mask=mask)
+    kernel = 'cudnn' if cudnn and mask is None and on_nvidia() else 'xla'
+    return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=kernel)
   logits = jnp.einsum('bqnh,bknh->bnqk', query, key) / np.sqrt(query.shape[-1])  # JAX's own takes a float32 softmax of it
   logits = logits if mask is None else jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
   return jnp.einsum('bnqk,bknh->bqnh', jax.nn.softmax(logits), value)
+
+
+def on_nvidia() -> bool:
+  return jax.default_backend() == 'gpu' and 'cuda' in jax.devices()[0].client.platform_version
 
 
 def upsample(x: Array, stride: tuple[int, ...]) -> Array:
