@@ -12,8 +12,6 @@ from tests.networks.test_unet import fill, inputs, shapes_of
 
 UNET = dict(channels=8, multipliers=(1,), blocks=1, attention=(True,), groups=4)
 DIT = dict(width=32, depth=2, heads=4)
-NETS = [(UNet, UNET | dict(remat='products'), 4), (UNet, UNET | dict(scan=True), 3), (DiT, DIT, 2),
-        (DiT, DIT | dict(scan=True, remat='block'), 1)]  # and how many self-attentions are in the program
 
 
 @pytest.fixture
@@ -33,12 +31,14 @@ def kernels(net):
   return re.findall(r'__cudnn\$(\w+)', traced.lower(lowering_platforms=('cuda',)).as_text())
 
 
-@pytest.mark.parametrize('make, fields, count', NETS)
-def test_self_attention_is_cudnns_forward_and_backward(nvidia, make, fields, count):
-  found = kernels(make(**fields, dtype='bfloat16', cudnn=True))
+@pytest.mark.parametrize('net, count', [
+    (UNet(**UNET, dtype='bfloat16', cudnn=True), 4),  # one down, one in the middle, two up
+    (DiT(**DIT, dtype='bfloat16', cudnn=True, scan=True, remat='block'), 1),  # a loop
+    (DiT(**DIT, dtype='bfloat16'), 0)])
+def test_self_attention_is_cudnns_forward_and_backward(nvidia, net, count):
+  found = kernels(net)
   assert found.count('fmhaSoftmaxBackward') == count
   assert found.count('fmhaSoftmax') >= count  # and again, where the backward pass computes it anew
-  assert not kernels(make(**fields, dtype='bfloat16'))
 
 
 @pytest.mark.parametrize('make, fields', [(UNet, UNET), (DiT, DIT)])
