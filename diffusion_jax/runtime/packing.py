@@ -21,10 +21,11 @@ def _stack(parts: list[list[jax.Array]]) -> list[jax.Array]:
 
 @jax.tree_util.register_pytree_with_keys_class
 class Packed:
-  """A state as one list of arrays: vectors (biases, scales) that stand at one place of its parameters, moments and moving
-  averages are the rows of one matrix, and every other leaf is an array.
+  """A state as one list of arrays: the moments and moving averages of each vector among its parameters (a bias, a scale) are
+  the rows of one matrix, and every other leaf is an array.
 
   A call of a program costs its host some microseconds for each array and each dict that go in and out, on every device.
+  The vectors themselves are arrays of their own, so that the program of the network is the same.
   """
 
   def __init__(self, arrays: list, layout: Layout):
@@ -65,7 +66,8 @@ def packed_shapes(state: PyTree) -> Packed:
   leaves, structure = jax.tree.flatten_with_path(state)
   for number, (path, leaf) in enumerate(leaves):
     place = next((path[first:] for first in range(len(path)) if path[first:] in params), None)
-    key = (place, leaf.shape, leaf.dtype, leaf.sharding) if place and leaf.ndim == 1 else number
+    joined = place and leaf.ndim == 1 and path[0].name != 'params'
+    key = (place, leaf.shape, leaf.dtype, leaf.sharding) if joined else number
     parts.setdefault(key, []).append(number)
   def shape(part):
     leaf = leaves[part[0]][1]

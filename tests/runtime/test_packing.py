@@ -47,8 +47,8 @@ def joined(packed):
   return [part for part in names(packed) if len(part) > 1]
 
 
-def test_vectors_at_one_place_are_joined_and_nothing_else():
-  trees = ('params', 'optimizer/0/mu', 'optimizer/0/nu', 'ema/0.9', 'ema/0.99')
+def test_moments_and_averages_of_a_vector_are_joined_and_nothing_else():
+  trees = ('optimizer/0/mu', 'optimizer/0/nu', 'ema/0.9', 'ema/0.99')
   assert joined(pack(make_state())) == [[f'{tree}/{layer}/bias' for tree in trees] for layer in ('layer_1', 'layer_2')]
 
 
@@ -56,8 +56,8 @@ def test_only_leaves_of_one_shape_are_joined():
   """Adafactor has the means of rows and of columns of a matrix at its place, and one entry for each at a vector's."""
   moments = 'optimizer/0/v', 'optimizer/0/v_row', 'optimizer/0/v_col'
   assert joined(pack(make_state(optimizer='adafactor'))) == [
-      *([f'{tree}/{layer}/bias' for tree in ('params', moments[0], 'ema/0.9', 'ema/0.99')] for layer in ('layer_1', 'layer_2')),
-      *([f'{tree}/{layer}/{name}' for tree in moments[1:]] for layer in ('layer_1', 'layer_2') for name in ('bias', 'kernel'))]
+      *([f'{tree}/{layer}/{name}' for tree in moments[1:]] for layer in ('layer_1', 'layer_2') for name in ('bias', 'kernel')),
+      *([f'{tree}/{layer}/bias' for tree in (moments[0], 'ema/0.9', 'ema/0.99')] for layer in ('layer_1', 'layer_2'))]
 
 
 @pytest.mark.parametrize('optimizer', OPTIMIZERS)
@@ -84,7 +84,7 @@ def test_shapes_are_packed_as_arrays_are():
 def test_a_matrix_is_cut_as_its_rows_are():
   packed = packed_shapes(make_state('tensor=4'))
   specs = {parts[0]: array.sharding.spec for parts, array in zip(names(packed), packed.arrays, strict=True) if parts[1:]}
-  assert specs == {'params/layer_1/bias': P(None, 'tensor'), 'params/layer_2/bias': P(None, None)}
+  assert specs == {f'optimizer/0/mu/layer_{i}/bias': P(None, cut) for i, cut in ((1, 'tensor'), (2, None))}
 
 
 def test_the_devices_do_not_hold_a_large_array_twice():
@@ -104,4 +104,5 @@ def test_an_array_has_the_name_of_its_first_leaf():
   """An error or a plan that names an argument says where it is in the tree."""
   packed = pack(make_state())
   found = [jax.tree_util.keystr(path, simple=True, separator='/') for path, _ in jax.tree_util.tree_leaves_with_path(packed)]
-  assert found[:2] == ['step', "params['layer_1']['bias']"] and len(found) == len(packed.arrays)
+  assert found[:2] == ['step', "params['layer_1']['bias']"] and "optimizer[0].mu['layer_1']['bias']" in found
+  assert len(found) == len(packed.arrays)
