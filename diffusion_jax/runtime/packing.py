@@ -8,6 +8,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
+from diffusion_jax.runtime.sharding import ends
+
 
 class Layout(NamedTuple):
   """The tree of a state, and for each array of its packed form the numbers of the leaves that are in it."""
@@ -65,7 +67,7 @@ def packed_shapes(state: PyTree) -> Packed:
   params, parts = {path for path, _ in jax.tree_util.tree_leaves_with_path(state.params)}, {}
   leaves, structure = jax.tree.flatten_with_path(state)
   for number, (path, leaf) in enumerate(leaves):
-    place = next((path[first:] for first in range(len(path)) if path[first:] in params), None)
+    place = next((end for end in ends(path) if end in params), None)
     joined = place and leaf.ndim == 1 and path[0].name != 'params'
     key = (place, leaf.shape, leaf.dtype, leaf.sharding) if joined else number
     parts.setdefault(key, []).append(number)

@@ -1,7 +1,7 @@
 """How the state lies on the mesh: rules over the paths of parameters, with no word of it in the networks."""
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 from jax.sharding import Mesh, NamedSharding
@@ -71,14 +71,19 @@ def shardings(params: PyTree, rules: Sequence[tuple[str, str]], mesh: Mesh) -> P
   return jax.tree_util.tree_map_with_path(place, params)
 
 
+def ends(path: tuple) -> Iterator[tuple]:
+  """The ends of a path, the longest first: that of a moment or a moving average ends as its parameter's."""
+  return (path[first:] for first in range(len(path)))
+
+
 def follow(tree: PyTree, params: PyTree, places: PyTree, mesh: Mesh) -> PyTree:
   """Where every leaf of a state lies: one whose path ends as that of a parameter, and has its shape, as it does, a moment
   or a moving average; any other is whole on every device."""
   leaves = jax.tree_util.tree_leaves_with_path(params)
   known = {(path, leaf.shape): place for (path, leaf), place in zip(leaves, jax.tree.leaves(places), strict=True)}
   def place(path, leaf):
-    ends = ((path[first:], leaf.shape) for first in range(len(path)))
-    return next((known[end] for end in ends if end in known), NamedSharding(mesh, P()))
+    found = (known[end, leaf.shape] for end in ends(path) if (end, leaf.shape) in known)
+    return next(found, NamedSharding(mesh, P()))
   return jax.tree_util.tree_map_with_path(place, tree)
 
 

@@ -22,8 +22,8 @@ from diffusion_jax.jobs.benchmark import synthetic
 from diffusion_jax.method import make_network
 from diffusion_jax.networks import layers, unet
 from diffusion_jax.run import Run, new_state, open_run, state_shapes, trace_step
-from diffusion_jax.runtime.products import products, total
 from diffusion_jax.runtime.packing import pack
+from diffusion_jax.runtime.products import products, total
 from diffusion_jax.runtime.step import train_step
 from diffusion_jax.runtime.workdir import write_csv
 from experiments.throughput.ours import config_of

@@ -17,7 +17,7 @@ OPTIMIZERS = {'adam': optax.adam(1e-3), 'adafactor': optax.adafactor(1e-3, min_d
 
 
 def init(key):
-  """Two layers whose biases have one shape, one bias of the shape of another's rows, and statistics."""
+  """Two layers of one shape, and a vector that is no parameter's."""
   layer = lambda key: {'kernel': jax.random.normal(key, (8, 8)), 'bias': jax.random.normal(key, (8,))}
   first, second = jax.random.split(key)
   return {'layer_1': layer(first), 'layer_2': layer(second)}, {'seen': jnp.arange(8.0)}
